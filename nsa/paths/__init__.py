@@ -1,0 +1,71 @@
+"""PATHS: every way to run selection, by name. A literal; a new path is a new file and a new entry."""
+
+from . import dense, flex, gather, packed, reference, varlen
+from .base import Candidate, Evidence, Parameter, SelectionPath
+
+__all__ = ["PATHS", "Candidate", "Evidence", "Parameter", "SelectionPath"]
+
+PATHS: dict[str, SelectionPath] = {
+    "reference": SelectionPath(
+        name="reference",
+        target=".reference:run",
+        summary="the float64 oracle",
+        modes=("decode", "prefill", "train"),
+        deterministic=True,
+        dispatchable=False,
+        tunables=reference.tunables,
+        unsupported=reference.unsupported,
+        evidence=reference.evidence,
+    ),
+    "dense": SelectionPath(
+        name="dense",
+        target=".dense:run",
+        summary="all keys under the selection mask through SDPA, in query chunks",
+        modes=("decode", "prefill", "train"),
+        deterministic=True,
+        tunables=dense.tunables,
+        unsupported=dense.unsupported,
+        evidence=dense.evidence,
+    ),
+    "gather": SelectionPath(
+        name="gather",
+        target=".gather:run",
+        summary="each row's keys gathered and padded to the longest row, SDPA with a length mask",
+        modes=("decode", "prefill", "train"),
+        deterministic=False,  # gradients of shared keys add up in any order
+        tunables=gather.tunables,
+        unsupported=gather.unsupported,
+        evidence=gather.evidence,
+    ),
+    "packed": SelectionPath(
+        name="packed",
+        target=".packed:run",
+        summary="rows bucketed by length, one SDPA per bucket",
+        modes=("decode", "prefill", "train"),
+        deterministic=False,  # as gather
+        tunables=packed.tunables,
+        unsupported=packed.unsupported,
+        evidence=packed.evidence,
+    ),
+    "varlen": SelectionPath(
+        name="varlen",
+        target=".varlen:run",
+        summary="all rows packed flat with cu_seqlens; flash_attn, torch or segment backend",
+        modes=("decode", "prefill", "train"),
+        deterministic=False,  # as gather; the segment backend adds with atomics on a GPU
+        tunables=varlen.tunables,
+        unsupported=varlen.unsupported,
+        evidence=varlen.evidence,
+    ),
+    "flex": SelectionPath(
+        name="flex",
+        target=".flex:run",
+        summary="flex_attention under a block mask, compiled",
+        modes=("decode", "prefill", "train"),
+        deterministic=True,
+        slow_to_build=True,
+        tunables=flex.tunables,
+        unsupported=flex.unsupported,
+        evidence=flex.evidence,
+    ),
+}

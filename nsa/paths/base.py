@@ -1,0 +1,175 @@
+"""What a selection path is: SelectionPath, its Parameters, its Evidence, and Candidate, a path with values filled in.
+
+``run(query, key, value, selection, *, scale, workspace, **parameters) -> output`` does one thing: it reads no
+environment, catches no exception, falls back to nothing, and reports itself with ``trace.executed`` from its innermost
+function. ``workspace`` may be None: then scratch memory is plain allocations and reserves mean nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from typing import Protocol
+
+import msgspec
+import torch
+from torch import Tensor
+
+from ..problem import Mode, SelectionProblem
+from ..selection import Selection
+from ..trace import ParameterValue
+from ..workspace import Workspace
+
+Parameters = Mapping[str, ParameterValue]
+
+
+class Parameter(msgspec.Struct, frozen=True):
+    """One tunable: a finite ladder and the value taken where nobody chose, which stands on the ladder.
+
+    ``reserve``: changes memory and re-allocations only, so it is swept by call sequence, not crossed with the rest.
+    """
+
+    name: str
+    ladder: tuple[ParameterValue, ...]
+    default: ParameterValue
+    reserve: bool = False
+
+
+class Evidence(msgspec.Struct, frozen=True, kw_only=True):
+    """What a profiler must see of one call, and must not. Regular expressions, searched in operator and kernel names.
+
+    ``required``: pattern -> exact number of launches, or 0 for "at least once". ``forbidden``: patterns never seen.
+    ``shapes``: pattern -> the input shapes that operator must have been called with, in order of calls, each a tuple
+    of input position and shape; None in a shape matches any size. Labels of the path's own making prove nothing.
+    """
+
+    required: dict[str, int]
+    forbidden: tuple[str, ...] = ()
+    shapes: dict[str, tuple[tuple[int, tuple[int | None, ...]], ...]] = {}
+
+
+class Candidate(msgspec.Struct, frozen=True, kw_only=True):
+    """A path with its parameters filled in: what is checked, timed and picked."""
+
+    path: str
+    parameters: dict[str, ParameterValue] = {}
+
+    @property
+    def name(self) -> str:
+        """``path(parameter=value, ...)``, in the parameters' order."""
+        inner = ", ".join(f"{name}={value}" for name, value in self.parameters.items())
+        return f"{self.path}({inner})" if inner else self.path
+
+
+class PathRun(Protocol):
+    """The call signature of a path's function."""
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        selection: Selection,
+        *,
+        scale: float,
+        workspace: Workspace | None,
+        **parameters: ParameterValue,
+    ) -> Tensor:
+        """Query (B, S, G, h, Dk), key (B, G, T, Dk), value (B, G, T, Dv) -> output (B, S, G, h, Dv)."""
+
+
+class SelectionPath(msgspec.Struct, frozen=True, kw_only=True):
+    """A way to run selection.
+
+    ``target``: ``"module:function"``, the module relative to this package or absolute; imported when first run, so
+    listing paths needs neither its packages nor a GPU.
+    ``tunables(problem, device)``: its Parameters there. ``unsupported(problem, device, parameters)``: None, or why not.
+    ``evidence(problem, device, parameters, lengths)``: what one call must show; ``lengths`` are the rows' key counts.
+    ``dispatchable``: may be chosen by a table; the oracle may not.
+    ``slow_to_build``: takes tens of seconds to compile on a CPU, so only ``--effort full`` tries it there.
+    """
+
+    name: str
+    target: str
+    summary: str
+    modes: tuple[Mode, ...]
+    deterministic: bool
+    tunables: Callable[[SelectionProblem, torch.device], tuple[Parameter, ...]]
+    unsupported: Callable[[SelectionProblem, torch.device, Parameters], str | None]
+    evidence: Callable[[SelectionProblem, torch.device, Parameters, Sequence[int]], Evidence]
+    dispatchable: bool = True
+    slow_to_build: bool = False
+
+    def function(self) -> PathRun:
+        """The path's run function, imported now."""
+        module, _, name = self.target.partition(":")
+        function: PathRun = getattr(importlib.import_module(module, __package__), name)
+        return function
+
+    def defaults(self, problem: SelectionProblem, device: torch.device) -> dict[str, ParameterValue]:
+        """Every parameter at its default."""
+        return {parameter.name: parameter.default for parameter in self.tunables(problem, device)}
+
+    def unsupported_reason(
+        self, problem: SelectionProblem, device: torch.device, parameters: Parameters
+    ) -> str | None:
+        """Why this path cannot run this problem with these parameters here; None if it can. Cheap, no side effects."""
+        if problem.mode not in self.modes:
+            return f"{self.name} has no {problem.mode} mode"
+        known = {parameter.name for parameter in self.tunables(problem, device)}
+        if not known.issuperset(parameters):
+            return f"{self.name} has no parameter {sorted(set(parameters) - known)}; it has {sorted(known)}"
+        return self.unsupported(problem, device, parameters)
+
+
+@cache
+def installed(module: str) -> bool:
+    """Whether a package can be imported, without importing it."""
+    return importlib.util.find_spec(module) is not None
+
+
+def need_blocks(problem: SelectionProblem) -> str | None:
+    """The reason of a blocks-only path for a ranges problem."""
+    return None if problem.form == "blocks" else "needs blocks"
+
+
+def capture_reason(problem: SelectionProblem, name: str) -> str | None:
+    """The reason of a path whose launches depend on the selection's contents, under CUDA-graph capture."""
+    return f"{name} reads row lengths on the host" if problem.execution == "graph" else None
+
+
+CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**31}
+"""Gathered key and value bytes per chunk that the default aims at: about the last-level cache, or 2 GiB on a GPU."""
+
+
+def chunk_parameter(name: str, problem: SelectionProblem, device: torch.device, unit_bytes: int, units: int) -> Parameter:
+    """A ladder of how many units (rows, queries) are worked on at once; 0 = all. Default: as many as fit CHUNK_BYTES."""
+    ladder = [size for size in (64, 256, 1024, 4096, 16384, 65536) if size < units]
+    fitting = [size for size in ladder if size * unit_bytes <= CHUNK_BYTES[device.type]]
+    if units * unit_bytes <= CHUNK_BYTES[device.type]:
+        default = 0
+    else:
+        default = fitting[-1] if fitting else ladder[0] if ladder else 0
+    return Parameter(name, (0, *ladder), default)
+
+
+def reserve_parameter(name: str, need: int) -> Parameter:
+    """The ladder of a reserve: 0 (grow when needed), the need, and the three powers of two above it."""
+    above = 1 << need.bit_length()
+    return Parameter(name, (0, need, above, 2 * above, 4 * above), 0, reserve=True)
+
+
+def combinations(parameters: Sequence[Parameter]) -> Iterator[dict[str, ParameterValue]]:
+    """Every combination of the ladders, defaults first."""
+    ordered = [sorted(parameter.ladder, key=lambda value, p=parameter: value != p.default) for parameter in parameters]  # type: ignore[misc]
+
+    def extend(index: int, chosen: dict[str, ParameterValue]) -> Iterator[dict[str, ParameterValue]]:
+        if index == len(parameters):
+            yield dict(chosen)
+            return
+        for value in ordered[index]:
+            yield from extend(index + 1, {**chosen, parameters[index].name: value})
+
+    return extend(0, {})

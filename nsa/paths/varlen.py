@@ -1,0 +1,202 @@
+"""Path ``varlen``: the keys of all rows packed flat with ``cu_seqlens``; K/V are not replicated per head.
+
+A row is one sequence: its h query heads are h query tokens of one head, all reading the row's keys, none masked.
+Backends: ``flash_attn`` (``flash_attn_varlen_func``), ``torch`` (``torch.nn.attention.varlen.varlen_attn``), ``segment``
+(segmented softmax in plain torch: any device, any dtype). Asked for one, it runs that one or raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..problem import SelectionProblem
+from ..rows import flat_positions, flat_ranges, flat_total, gather, gathered_bytes, key_rows, row_chunks, row_width
+from ..selection import Selection
+from ..trace import ParameterValue, executed
+from ..workspace import Workspace
+from .base import Evidence, Parameter, Parameters, capture_reason, chunk_parameter, installed, reserve_parameter
+
+KERNELS = {
+    "flash_attn": r"^flash_attn::_flash_attn_varlen_forward$",
+    "torch": r"^aten::_flash_attention_forward$",
+    "segment": r"^aten::scatter_reduce_$",
+}
+
+
+def backend_reason(backend: str, problem: SelectionProblem, device: torch.device) -> str | None:
+    """Why ``backend`` cannot run the problem on the device; None if it can."""
+    if backend == "segment":
+        return None
+    if device.type != "cuda":
+        return f"varlen backend {backend} needs a CUDA device"
+    if problem.dtype not in ("float16", "bfloat16"):
+        return f"varlen backend {backend} needs float16 or bfloat16, got {problem.dtype}"
+    if problem.Dk != problem.Dv:
+        return f"varlen backend {backend} needs Dk == Dv, got {problem.Dk} and {problem.Dv}"
+    if problem.Dk % 8 or problem.Dk > 256:
+        return f"varlen backend {backend} needs a head dim that is a multiple of 8 and at most 256, got {problem.Dk}"
+    if backend == "flash_attn" and not installed("flash_attn"):
+        return "varlen backend flash_attn needs the package flash-attn"
+    return None
+
+
+def tunables(problem: SelectionProblem, device: torch.device) -> tuple[Parameter, ...]:
+    """``backend``; ``row_chunk``: rows packed at once, 0 = all; ``reserve_rows`` (N) and ``reserve_keys`` (K)."""
+    backends = tuple(name for name in KERNELS if backend_reason(name, problem, device) is None)
+    copies = 2 + (problem.h if backends[0] == "segment" else 0)
+    return (
+        Parameter("backend", backends, backends[0]),
+        chunk_parameter("row_chunk", problem, device, gathered_bytes(problem) * copies // 2, problem.rows),
+        reserve_parameter("reserve_rows", problem.rows),
+        reserve_parameter("reserve_keys", problem.rows * problem.row_width),
+    )
+
+
+def unsupported(problem: SelectionProblem, device: torch.device, parameters: Parameters) -> str | None:
+    """The backend's reason; ranges read their key count on the host, which a capture forbids."""
+    backend = str(parameters.get("backend", "segment"))
+    if backend not in KERNELS:
+        return f"varlen has no backend {backend!r}; it has {sorted(KERNELS)}"
+    if problem.form == "ranges" and (reason := capture_reason(problem, "varlen")):
+        return reason
+    return backend_reason(backend, problem, device)
+
+
+def evidence(
+    problem: SelectionProblem, device: torch.device, parameters: Parameters, lengths: Sequence[int]
+) -> Evidence:
+    """One backend launch per chunk of rows over flat keys (keys, [1,] Dk), and no other backend's."""
+    backend = str(parameters["backend"])
+    chunks = list(row_chunks(problem.rows, int(parameters["row_chunk"])))
+    others = tuple(pattern for name, pattern in KERNELS.items() if name != backend)
+    bound = device.type == "cuda" and problem.form == "blocks"
+    totals = [
+        (end - first) * problem.row_width if bound else max(1, sum(lengths[first:end])) for first, end in chunks
+    ]
+    gathered = tuple((2, (total,)) for total in totals for _ in ("key", "value"))
+    return Evidence(
+        required={KERNELS[backend]: len(chunks)},
+        forbidden=(
+            *others,
+            r"^aten::scaled_dot_product_attention$",
+            *((r"^aten::_local_scalar_dense$",) if bound else ()),
+        ),
+        shapes={r"^aten::index_select$": gathered} if backend != "segment" else {},
+    )
+
+
+def run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selection: Selection,
+    *,
+    scale: float,
+    workspace: Workspace | None = None,
+    backend: ParameterValue = "segment",
+    row_chunk: ParameterValue = 0,
+    reserve_rows: ParameterValue = 0,
+    reserve_keys: ParameterValue = 0,
+) -> Tensor:
+    """Selection attention over flat packed keys. Shapes as in ``nsa.problem``."""
+    batch, queries, groups, heads, width = query.shape
+    keys, longest = key.shape[2], row_width(selection, key.shape[2])
+    ranges = flat_ranges(selection)
+    key_view, key_base, key_step = key_rows(key, queries)
+    value_view, value_base, value_step = key_rows(value, queries)
+    rows = pack_queries(query, workspace, int(reserve_rows))
+    attend = {"flash_attn": flash_attn_attention, "torch": torch_attention, "segment": segment_attention}[str(backend)]
+    parts = []
+    for first, end in row_chunks(rows.shape[0], int(row_chunk)):
+        part = ranges[first:end]
+        positions, row, offsets = flat_positions(part, flat_total(selection, part, keys))
+        owner = row.clamp_max(end - first - 1)
+        index = key_base[first:end][owner] + positions * key_step
+        k = gather(key_view, index, "varlen.key", workspace, reserve_rows=int(reserve_keys))
+        index = value_base[first:end][owner] + positions * value_step
+        v = gather(value_view, index, "varlen.value", workspace, reserve_rows=int(reserve_keys))
+        parts.append(attend(rows[first:end], k, v, offsets, row, longest, scale))
+    executed(
+        "selection",
+        "varlen",
+        {"backend": backend, "row_chunk": row_chunk, "reserve_rows": reserve_rows, "reserve_keys": reserve_keys},
+    )
+    out = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return out.view(batch, queries, groups, heads, -1)
+
+
+def pack_queries(query: Tensor, workspace: Workspace | None, reserve_rows: int) -> Tensor:
+    """Query (B, S, G, h, Dk) as rows (R, h, Dk): itself where its strides allow, else a copy in the workspace."""
+    heads, width = query.shape[3:]
+    tracked = torch.is_grad_enabled() and query.requires_grad
+    if workspace is None or tracked or query.is_contiguous():
+        return query.reshape(-1, heads, width)
+    rows = query.shape[:3].numel()
+    out = workspace.take(
+        "varlen.query", rows, heads * width, dtype=query.dtype, device=query.device, reserve_rows=reserve_rows
+    )
+    return out.view(query.shape).copy_(query).view(rows, heads, width)
+
+
+def flash_attn_attention(
+    rows: Tensor, key: Tensor, value: Tensor, offsets: Tensor, row: Tensor, longest: int, scale: float
+) -> Tensor:
+    """``flash_attn_varlen_func``: rows (r, h, Dk), flat keys (K, Dk) -> (r, h, Dv)."""
+    from flash_attn import flash_attn_varlen_func  # an optional package, imported where it is asked for
+
+    count, heads, width = rows.shape
+    cu_seqlens_q = torch.arange(0, (count + 1) * heads, heads, dtype=torch.int32, device=rows.device)
+    out: Tensor = flash_attn_varlen_func(
+        rows.reshape(count * heads, 1, width),
+        key[:, None],
+        value[:, None],
+        cu_seqlens_q,
+        offsets.to(torch.int32),
+        heads,
+        longest,
+        softmax_scale=scale,
+    )
+    return out.view(count, heads, -1)
+
+
+def torch_attention(
+    rows: Tensor, key: Tensor, value: Tensor, offsets: Tensor, row: Tensor, longest: int, scale: float
+) -> Tensor:
+    """``torch.nn.attention.varlen.varlen_attn``, the FlashAttention inside torch; arguments as above."""
+    from torch.nn.attention.varlen import varlen_attn  # pulls in much of torch that no other backend needs
+
+    count, heads, width = rows.shape
+    cu_seqlens_q = torch.arange(0, (count + 1) * heads, heads, dtype=torch.int32, device=rows.device)
+    out = varlen_attn(
+        rows.reshape(count * heads, 1, width),
+        key[:, None],
+        value[:, None],
+        cu_seqlens_q,
+        offsets.to(torch.int32),
+        heads,
+        longest,
+        scale=scale,
+    )
+    assert isinstance(out, Tensor)
+    return out.view(count, heads, -1)
+
+
+def segment_attention(
+    rows: Tensor, key: Tensor, value: Tensor, offsets: Tensor, row: Tensor, longest: int, scale: float
+) -> Tensor:
+    """Softmax by segments in plain torch, scores in float32 or better; arguments as above, spare slots have row r."""
+    count, heads, _ = rows.shape
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    padded = torch.cat((rows, rows.new_zeros(1, *rows.shape[1:])))
+    scores = torch.bmm(padded.index_select(0, row), key[:, :, None])[..., 0].to(wide) * scale
+    index = row[:, None].expand(-1, heads)
+    top = scores.new_full((count + 1, heads), float("-inf")).scatter_reduce_(0, index, scores.detach(), "amax")
+    weights = torch.exp(scores - top.index_select(0, row))
+    total = torch.zeros_like(top).index_add(0, row, weights)
+    weights = weights / total.index_select(0, row)
+    weighted = weights[..., None] * value[:, None].to(wide)
+    out = weights.new_zeros(count + 1, heads, value.shape[1]).index_add(0, row, weighted)
+    return out[:count].to(value.dtype)

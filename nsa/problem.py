@@ -1,0 +1,91 @@
+"""Leaf. SelectionProblem: what identifies a selection launch, and the table of symbols.
+
+    B   batch                                       Dk, Dv      head dims of key and value
+    S   query tokens of this call (1 in decode)     block_size  selection block l'
+    T   context: key/value tokens                   topk        blocks (or ranges) per row, n
+    G   key/value heads (groups)                    row         one (b, s, g): h query heads, one key set
+    h   query heads per group                       R           number of rows, B * S * G
+
+Query (B, S, G, h, Dk); key (B, G, T, Dk); value (B, G, T, Dv); output (B, S, G, h, Dv).
+It holds no tensors and says nothing about which path runs it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+import torch
+
+from .errors import ArgumentError
+
+Mode = Literal["decode", "prefill", "train"]
+DType = Literal["float64", "float32", "bfloat16", "float16"]
+Form = Literal["blocks", "ranges"]
+Overlap = Literal["low", "high"]
+Execution = Literal["eager", "graph"]
+CacheState = Literal["hot", "cold"]
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+DTYPE_NAMES: dict[torch.dtype, DType] = {
+    torch.float64: "float64",
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+
+
+class SelectionProblem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything by which two selection launches may prefer different paths.
+
+    ``mode``: ``decode`` (S = 1), ``prefill`` (S > 1 without grad; S < T is a later chunk), ``train`` (with grad).
+    ``form``: ``ranges`` has ``block_size`` 0 and ``topk`` ranges per row.
+    ``overlap``: ``high`` where neighbouring rows agree (see ``Selection.overlap``).
+    ``execution``: ``graph`` while a CUDA graph is captured. ``cache``: ``cold`` where each launch finds L2 flushed.
+    Raises ArgumentError where sizes contradict the mode or the form.
+    """
+
+    mode: Mode
+    dtype: DType
+    B: int
+    S: int
+    T: int
+    G: int
+    h: int
+    Dk: int
+    Dv: int
+    block_size: int
+    topk: int
+    form: Form = "blocks"
+    overlap: Overlap = "high"
+    execution: Execution = "eager"
+    cache: CacheState = "hot"
+
+    def __post_init__(self) -> None:
+        sizes = (self.B, self.S, self.T, self.G, self.h, self.Dk, self.Dv, self.topk)
+        if min(sizes) < 1:
+            raise ArgumentError(f"problem sizes must be positive, got {self!r}")
+        if (self.form == "blocks") != (self.block_size > 0):
+            raise ArgumentError(f"block_size {self.block_size} does not go with form {self.form!r}: ranges have 0")
+        if self.mode == "decode" and self.S != 1:
+            raise ArgumentError(f"decode has one query token, got S={self.S}; use mode 'prefill'")
+
+    @property
+    def rows(self) -> int:
+        """Number of rows (b, s, g)."""
+        return self.B * self.S * self.G
+
+    @property
+    def row_width(self) -> int:
+        """Upper bound of the distinct keys of one row, known without looking at the selection."""
+        return min(self.T, self.topk * self.block_size) if self.form == "blocks" else self.T
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one element."""
+        return TORCH_DTYPES[self.dtype].itemsize

@@ -1,0 +1,215 @@
+"""Leaf. Selection: which keys each row reads, given as blocks or as ranges.
+
+A row is one (b, s, g). It sees the keys below its *limit*, min(context length, query position + 1). Everything here
+is vectorised and free of host synchronisation except ``blocks_to_ranges_v1``, the readable twin of ``_v2``. Nothing
+derived is kept: under CUDA-graph replay the indices change in place and a kept form would be stale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .errors import ArgumentError, UnsupportedSelection
+
+HIGH_OVERLAP_AT_MOST = 0.65
+"""Union of 4 neighbouring rows over 4*topk: scored selections measure 0.35 to 0.55, random ones 0.75 and more."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Selection:
+    """Make it with ``from_blocks`` or ``from_ranges``; the fields are what the caller passed.
+
+    ``indices``: (B, S, G, n) block indices, -1 = none, or (B, S, G, n, 2) half-open ranges.
+    ``block_size``: keys per block, 0 for ranges. ``context_length``: int or (B,), keys that exist.
+    ``query_positions``: (S,) or (B, S); None = the last S positions of the context.
+    ``overlap_hint``: what the caller knows of ``overlap()``; part of the dispatch problem.
+    """
+
+    indices: Tensor
+    block_size: int
+    context_length: int | Tensor
+    query_positions: Tensor | None = None
+    overlap_hint: Literal["low", "high"] = "high"
+
+    @classmethod
+    def from_blocks(
+        cls,
+        block_indices: Tensor,
+        *,
+        block_size: int,
+        context_length: int | Tensor,
+        query_positions: Tensor | None = None,
+        overlap: Literal["low", "high"] = "high",
+    ) -> Selection:
+        """From block indices (B, S, G, n), int32 or int64, in any order, -1 = none, duplicates counting once."""
+        if block_indices.dim() != 4:
+            raise ArgumentError(f"block_indices must be (B, S, G, n), got shape {tuple(block_indices.shape)}")
+        if block_size < 1:
+            raise ArgumentError(f"block_size must be at least 1, got {block_size}")
+        return cls._checked(block_indices, block_size, context_length, query_positions, overlap)
+
+    @classmethod
+    def from_ranges(
+        cls,
+        ranges: Tensor,
+        *,
+        context_length: int | Tensor,
+        query_positions: Tensor | None = None,
+        overlap: Literal["low", "high"] = "high",
+    ) -> Selection:
+        """From half-open key ranges (B, S, G, n, 2), int32 or int64; ``end <= start`` selects nothing."""
+        if ranges.dim() != 5 or ranges.shape[-1] != 2:
+            raise ArgumentError(f"ranges must be (B, S, G, n, 2), got shape {tuple(ranges.shape)}")
+        return cls._checked(ranges, 0, context_length, query_positions, overlap)
+
+    @classmethod
+    def _checked(
+        cls,
+        indices: Tensor,
+        block_size: int,
+        context_length: int | Tensor,
+        query_positions: Tensor | None,
+        overlap: Literal["low", "high"],
+    ) -> Selection:
+        batch, queries = indices.shape[:2]
+        _check_integers("indices", indices)
+        if min(indices.shape) < 1:
+            raise ArgumentError(f"a selection needs at least one row and one slot, got shape {tuple(indices.shape)}")
+        if isinstance(context_length, Tensor):
+            _check_integers("context_length", context_length)
+            if context_length.shape != (batch,):
+                raise ArgumentError(f"context_length must be (B,) = ({batch},), got {tuple(context_length.shape)}")
+            _check_device("context_length", context_length, indices)
+        elif context_length < 1:
+            raise ArgumentError(f"context_length must be at least 1, got {context_length}")
+        if query_positions is not None:
+            _check_integers("query_positions", query_positions)
+            if tuple(query_positions.shape) not in ((queries,), (batch, queries)):
+                raise ArgumentError(
+                    f"query_positions must be (S,) = ({queries},) or (B, S) = ({batch}, {queries}), "
+                    f"got {tuple(query_positions.shape)}"
+                )
+            _check_device("query_positions", query_positions, indices)
+        elif not isinstance(context_length, Tensor) and context_length < queries:
+            raise ArgumentError(
+                f"{queries} queries cannot be the last of a context of {context_length} keys; pass query_positions"
+            )
+        return cls(indices, block_size, context_length, query_positions, overlap)
+
+    @property
+    def form(self) -> Literal["blocks", "ranges"]:
+        """Which of the two forms the caller gave."""
+        return "blocks" if self.block_size else "ranges"
+
+    @property
+    def blocks(self) -> Tensor:
+        """Block indices (B, S, G, n). Raises UnsupportedSelection for a selection made from ranges."""
+        if not self.block_size:
+            raise UnsupportedSelection(
+                "this selection was made from ranges and has no blocks; use .ranges, or make it with from_blocks"
+            )
+        return self.indices
+
+    @property
+    def positions(self) -> Tensor:
+        """Query positions (B, S), int64."""
+        batch, queries = self.indices.shape[:2]
+        device = self.indices.device
+        if self.query_positions is not None:
+            return self.query_positions.to(torch.int64).expand(batch, queries)
+        steps = torch.arange(queries, device=device)
+        if isinstance(self.context_length, Tensor):
+            return self.context_length.to(torch.int64)[:, None] - queries + steps
+        return (self.context_length - queries + steps).expand(batch, queries)
+
+    @property
+    def limits(self) -> Tensor:
+        """Keys each query may see, (B, S) int64: min(context length, position + 1), at least 0."""
+        limit = self.positions + 1
+        if isinstance(self.context_length, Tensor):
+            return torch.minimum(limit, self.context_length.to(torch.int64)[:, None]).clamp_min(0)
+        return limit.clamp(0, self.context_length)
+
+    @property
+    def ranges(self) -> Tensor:
+        """Half-open ranges (B, S, G, n, 2) int64 clamped to the limits; those that select nothing are (0, 0).
+
+        Order, duplicates and overlaps are the caller's; see ``disjoint_ranges``.
+        """
+        if self.block_size:
+            return blocks_to_ranges_v2(self.indices, self.block_size, self.limits)
+        limit = self.limits[:, :, None, None, None]
+        clamped = torch.minimum(self.indices.to(torch.int64).clamp_min(0), limit)
+        return clamped * (clamped[..., 1:] > clamped[..., :1])
+
+    @property
+    def disjoint_ranges(self) -> Tensor:
+        """``ranges`` sorted by start and cut so that no key is in two of them, (B, S, G, n, 2) int64."""
+        start, end = self.ranges.unbind(-1)
+        start, order = start.sort(-1)
+        end = end.gather(-1, order)
+        covered = end.cummax(-1).values
+        start = torch.cat((start[..., :1], torch.maximum(start[..., 1:], covered[..., :-1])), -1)
+        return torch.stack((start, torch.maximum(start, end)), -1)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Distinct keys of each row after clamping, (B, S, G) int64."""
+        start, end = self.disjoint_ranges.unbind(-1)
+        return (end - start).sum(-1)
+
+    def overlap(self) -> float:
+        """Mean over windows of 4 neighbouring rows of (distinct blocks in the union) / (blocks chosen, 4*topk).
+
+        1/4 where neighbours agree fully, 1 where they share nothing. Synchronises with the host: ask for it in a
+        calibration call, never in the hot path. Ranges count by their first key's 64-key block.
+        Raises ArgumentError for fewer than 4 queries.
+        """
+        blocks = self.indices if self.block_size else torch.where(
+            self.indices[..., 1] > self.indices[..., 0], self.indices[..., 0] // 64, -1
+        )
+        batch, queries, groups, slots = blocks.shape
+        if queries < 4:
+            raise ArgumentError(f"overlap needs at least 4 neighbouring queries, got {queries}")
+        whole = queries // 4 * 4
+        windows = blocks[:, :whole].reshape(batch, -1, 4, groups, slots).transpose(2, 3).flatten(3)
+        ordered = windows.sort(-1).values
+        fresh = torch.ones_like(ordered, dtype=torch.bool)
+        fresh[..., 1:] = ordered[..., 1:] != ordered[..., :-1]
+        union = (fresh & (ordered >= 0)).sum(-1)
+        chosen = (windows >= 0).sum(-1).clamp_min(1)
+        return float((union / chosen).mean())
+
+
+def blocks_to_ranges_v1(blocks: Tensor, block_size: int, limits: Tensor) -> Tensor:
+    """The readable loop ("ranges v1"): blocks (B, S, G, n) and limits (B, S) to ranges (B, S, G, n, 2) int64."""
+    ranges = torch.zeros((*blocks.shape, 2), dtype=torch.int64)
+    for b, s, g, i in torch.cartesian_prod(*(torch.arange(size) for size in blocks.shape)).reshape(-1, 4).tolist():
+        block, limit = int(blocks[b, s, g, i]), int(limits[b, s])
+        start, end = block * block_size, min((block + 1) * block_size, limit)
+        if block >= 0 and start < end:
+            ranges[b, s, g, i] = torch.tensor((start, end))
+    return ranges.to(blocks.device)
+
+
+def blocks_to_ranges_v2(blocks: Tensor, block_size: int, limits: Tensor) -> Tensor:
+    """The vectorised twin ("ranges v2"), without host synchronisation; same arguments, same result."""
+    limit = limits[:, :, None, None]
+    start = blocks.to(torch.int64) * block_size
+    end = torch.minimum(start + block_size, limit)
+    valid = (blocks >= 0) & (start < end)
+    return torch.stack((start, end), -1) * valid[..., None]
+
+
+def _check_integers(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise ArgumentError(f"{name} must be int32 or int64, got {tensor.dtype}; convert it with .to(torch.int32)")
+
+
+def _check_device(name: str, tensor: Tensor, indices: Tensor) -> None:
+    if tensor.device != indices.device:
+        raise ArgumentError(f"{name} is on {tensor.device}, the selection on {indices.device}; move one of them")

@@ -1,0 +1,66 @@
+"""Leaf. What really executed: each path's innermost function reports here, dispatch says why it was chosen.
+
+Labels in here are convenience for callers, not proof; proof is the kernels a profiler saw (tuner.attest).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import msgspec
+
+ParameterValue = int | float | str | bool
+
+
+class ExecutionRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One execution. ``status`` and ``reason`` are those of the Choice; ``direct`` when no dispatch was involved."""
+
+    operation: str
+    path: str
+    parameters: dict[str, ParameterValue]
+    status: str
+    reason: str
+
+
+class PathRecorder:
+    """Collects executions in order; see ``record_paths``."""
+
+    def __init__(self) -> None:
+        self.executed: list[ExecutionRecord] = []
+
+
+_recorders: ContextVar[tuple[PathRecorder, ...]] = ContextVar("recorders", default=())
+_why: ContextVar[tuple[str, str]] = ContextVar("why", default=("direct", ""))
+
+
+@contextmanager
+def record_paths() -> Iterator[PathRecorder]:
+    """Yield an object whose ``.executed`` lists an ExecutionRecord per execution inside the ``with`` block."""
+    recorder = PathRecorder()
+    token = _recorders.set((*_recorders.get(), recorder))
+    try:
+        yield recorder
+    finally:
+        _recorders.reset(token)
+
+
+def announce(status: str, reason: str) -> None:
+    """Called by dispatch before it runs a path: the status and reason that the next execution carries."""
+    if _recorders.get():
+        _why.set((status, reason))
+
+
+def executed(operation: str, path: str, parameters: Mapping[str, ParameterValue]) -> None:
+    """Called by the innermost function of a path, after its work was launched."""
+    recorders = _recorders.get()
+    if not recorders:
+        return
+    status, reason = _why.get()
+    _why.set(("direct", ""))
+    record = ExecutionRecord(
+        operation=operation, path=path, parameters=dict(parameters), status=status, reason=reason
+    )
+    for recorder in recorders:
+        recorder.executed.append(record)
