@@ -1,0 +1,26 @@
+"""The runtime of nsa-tune: selection attention by the fastest correct path, as measured on this device."""
+
+from .dispatch import dispatch_stats, selection_attention, use_dispatch_table
+from .dispatch_table import Choice, DispatchTable, load_dispatch_table
+from .errors import UnsupportedPathError, UnsupportedSelection
+from .paths import PATHS
+from .problem import SelectionProblem
+from .selection import Selection
+from .trace import record_paths
+from .workspace import Workspace
+
+__all__ = [
+    "PATHS",
+    "Choice",
+    "DispatchTable",
+    "Selection",
+    "SelectionProblem",
+    "UnsupportedPathError",
+    "UnsupportedSelection",
+    "Workspace",
+    "dispatch_stats",
+    "load_dispatch_table",
+    "record_paths",
+    "selection_attention",
+    "use_dispatch_table",
+]

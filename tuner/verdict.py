@@ -1,8 +1,8 @@
 """From pairs to verdicts: whether head is slower than base, and which candidate the table should name.
 
-Pure functions on frozen values, between `stats` (evidence) and `search`, `table`, `report` and the gate (what to do about
-it). It measures nothing, reads no file, and makes no number out of absence: what cannot be known yet is `undecided`,
-with the reason. Every threshold is E >= K / alpha at the last look or any before it; see `stats` for what that promises.
+Pure functions on frozen values, between `stats` (evidence) and `search`, `table`, `report` and the gate, which act on
+it. It measures nothing, reads no file, and makes no number of absence: what cannot be known yet is `undecided`, with
+the reason. Every threshold is E >= K / alpha at the last look or any before it; `stats` says what that promises.
 """
 
 import math
@@ -109,7 +109,6 @@ def compare(pairs: npt.ArrayLike, *, alpha: float, scenarios: int = 1, effect: f
     evidence = _evidence(array, math.log1p(effect))
     reached = [name for name, value in evidence.items() if value >= threshold]
     verdict: Verdict = reached[0] if len(reached) == 1 else "undecided"
-    shared = {"alpha": alpha, "scenarios": scenarios, "effect": effect}
     low, high = stats.interval(array, alpha=2.0 * alpha / scenarios)
     return Comparison(
         verdict=verdict,
@@ -121,16 +120,15 @@ def compare(pairs: npt.ArrayLike, *, alpha: float, scenarios: int = 1, effect: f
         alpha=alpha,
         scenarios=scenarios,
         effect=effect,
-        reason=_why_undecided(array, evidence, **asked) if verdict == "undecided" else None,
-        spread_needed=spread_needed(float(array[0]), **asked) if array.size == 1 else None,
+        reason=_why_undecided(array, evidence, alpha, scenarios, effect) if verdict == "undecided" else None,
+        spread_needed=spread_needed(float(array[0]), alpha, scenarios, effect) if array.size == 1 else None,
     )
 
 
-def spread_needed(log_ratio: float, *, alpha: float, scenarios: int = 1, effect: float = 0.01) -> float:
+def spread_needed(log_ratio: float, alpha: float, scenarios: int = 1, effect: float = 0.01) -> float:
     """Largest sd (one, of the log ratio between single runs) at which one pair would have been decided at alpha / K.
 
-    It takes normal noise, which one run cannot show: a figure for the reader, never for a verdict. Zero where the
-    difference sits exactly on 1 + effect.
+    It takes normal noise, which one run cannot show: for the reader, never for a verdict. Zero at the effect itself.
     """
     return abs(abs(log_ratio) - math.log1p(effect)) / NormalDist().inv_cdf(1.0 - alpha / scenarios)
 
@@ -138,10 +136,10 @@ def spread_needed(log_ratio: float, *, alpha: float, scenarios: int = 1, effect:
 def pick(default: str, samples: Mapping[str, npt.ArrayLike], peaks: Mapping[str, int], alpha: float) -> Pick:
     """Choose what the table names: the default unless a candidate is certified faster.
 
-    Candidates with E >= K / alpha for "faster than the default" are eligible (K = number of candidates). The best has
-    the smallest mean log ratio to the default; the tied set is what it is not certified faster than, at the same threshold.
-    Among tied eligible ones the smaller peak wins, then the name. With probability 1 - alpha or more, whatever wins
-    over the default is faster than it.
+    Candidates with E >= K / alpha for "faster than the default" are eligible (K = number of candidates), unless another
+    eligible one is certified faster than they are. The best of them has the smallest mean log ratio to the default; the
+    tied set is what it is not certified faster than, at the same threshold. Among tied eligible ones the smaller peak
+    wins, then the name. With probability 1 - alpha or more, whatever wins over the default is faster than it.
 
     Args:
         default: name of the default path; a key of `samples`.
@@ -152,8 +150,9 @@ def pick(default: str, samples: Mapping[str, npt.ArrayLike], peaks: Mapping[str,
     Raises:
         ValueError: default without samples, a name without a peak, or samples that `log_ratios` refuses.
     """
-    _check_names(default, samples, peaks)
-    best, eligible, tied = _standing(default, samples, alpha)
+    _, eligible, tied = _standing(default, samples, alpha)
+    if missing := sorted(samples.keys() - peaks.keys()):
+        raise ValueError(f"every candidate needs its peak bytes, missing: {missing}")
     winner = min(tied & eligible, key=lambda name: (peaks[name], name), default=default)
     others = [name for name in sorted(samples) if name != default]
     moves = {name: log_ratios(samples[default], samples[name]) for name in others}
@@ -183,29 +182,28 @@ def settled(default: str, samples: Mapping[str, npt.ArrayLike], *, alpha: float,
     (0.0 turns that off), which takes many pairs where noise is as large; the caller's budget ends those.
     """
     best, _, tied = _standing(default, samples, alpha)
-    within = {"alpha": alpha, "scenarios": max(len(samples) - 1, 1)}
-    for name in tied - {best}:
-        pairs = log_ratios(samples[best], samples[name])
-        evidence = _evidence(pairs, math.log1p(effect))
-        if evidence.get("same", 0.0) < stats.log_threshold(alpha=alpha, scenarios=scenarios):
-            return False
-    return True
+    threshold = stats.log_threshold(alpha=alpha, scenarios=max(len(samples) - 1, 1))
+    open_pairs = (log_ratios(samples[best], samples[name]) for name in tied - {best})
+    return all(_evidence(pairs, math.log1p(effect)).get("same", 0.0) >= threshold for pairs in open_pairs)
 
 
 def _standing(default: str, samples: Mapping[str, npt.ArrayLike], alpha: float) -> tuple[str, set[str], set[str]]:
-    """(best, eligible, tied): the first two stages of the pick rule; `tied` holds the best itself."""
+    """(best, eligible, tied): the first stages of the pick rule; `tied` holds the best itself."""
+    if default not in samples:
+        raise ValueError(f"the default {default!r} must be measured in the same rounds, got only {sorted(samples)}")
     others = [name for name in sorted(samples) if name != default]
-    eligible = {name for name in others if _beats(samples, name, default, alpha=alpha, scenarios=len(others))}
+    threshold = stats.log_threshold(alpha=alpha, scenarios=max(len(others), 1))
+    faster = {name for name in others if _beats(samples, name, default, threshold)}
+    # A mean follows one hiccup: without this line a pick could lose to a rival by the evidence itself.
+    beaten = {name for name in faster for rival in faster if _beats(samples, rival, name, threshold)}
+    eligible = faster - beaten or faster
     best = min(sorted(eligible), key=lambda name: _mean(log_ratios(samples[default], samples[name])), default=default)
     # An eligible best is certified faster than the default, so the default ties only where it is the best itself.
-    rivals = [name for name in others if name != best]
-    tied = {name for name in rivals if not _beats(samples, best, name, alpha=alpha, scenarios=len(others))}
-    return best, eligible, tied | {best}
+    return best, eligible, {best} | {name for name in others if not _beats(samples, best, name, threshold)}
 
 
-def _beats(samples: Mapping[str, npt.ArrayLike], name: str, rival: str, *, alpha: float, scenarios: int) -> bool:
+def _beats(samples: Mapping[str, npt.ArrayLike], name: str, rival: str, threshold: float) -> bool:
     """Whether `name` is certified faster than `rival` (and was not, at another look, certified slower)."""
-    threshold = stats.log_threshold(alpha=alpha, scenarios=scenarios)
     evidence = _evidence(log_ratios(samples[rival], samples[name]), 0.0)
     return evidence["faster"] >= threshold > evidence["slower"]
 
@@ -225,20 +223,20 @@ def _evidence(pairs: stats.Floats, margin: float) -> dict[Verdict, float]:
 
 
 def _why_undecided(
-    pairs: stats.Floats, evidence: dict[Verdict, float], *, alpha: float, scenarios: int, effect: float
+    pairs: stats.Floats, evidence: dict[Verdict, float], alpha: float, scenarios: int, effect: float
 ) -> str:
     """The reason in words, for a person who has to decide what to do next."""
     threshold = stats.log_threshold(alpha=alpha, scenarios=scenarios)
     reached = [name for name, value in evidence.items() if value >= threshold]
     fewest = stats.pairs_needed(alpha=alpha, scenarios=scenarios)
     if reached:
-        return f"{' and '.join(reached)} at different looks: the ratio moved during the run"
+        return f"{', '.join(reached)} at different looks: the ratio moved during the run"
     if not pairs.size:
         return "no pairs"
     if pairs.size == 1:
-        spread = spread_needed(float(pairs[0]), alpha=alpha, scenarios=scenarios, effect=effect)
+        spread = spread_needed(float(pairs[0]), alpha, scenarios, effect)
         change = math.expm1(float(pairs[0]))
-        return f"one run per arm: {change:+.1%} would need a spread between runs of at most {spread:.2%} (one sd)"
+        return f"one run per arm: {change:+.1%} says something if runs spread by {spread:.2%} (one sd) at most"
     if pairs.size < fewest:
         return f"{pairs.size} pairs, at least {fewest} needed"
     return f"E = {_e_value(max(evidence.values())):.3g} of {scenarios / alpha:.0f} needed, after {pairs.size} pairs"
@@ -250,10 +248,3 @@ def _e_value(log_e: float) -> float:
 
 def _mean(pairs: stats.Floats) -> float:
     return float(np.mean(pairs)) if pairs.size else math.inf
-
-
-def _check_names(default: str, samples: Mapping[str, npt.ArrayLike], peaks: Mapping[str, int]) -> None:
-    if default not in samples:
-        raise ValueError(f"the default {default!r} has no samples, got {sorted(samples)}: measure it in the same rounds")
-    if missing := sorted(samples.keys() - peaks.keys()):
-        raise ValueError(f"every candidate needs its peak bytes, missing: {missing}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Protocol
 
@@ -159,17 +159,3 @@ def reserve_parameter(name: str, need: int) -> Parameter:
     """The ladder of a reserve: 0 (grow when needed), the need, and the three powers of two above it."""
     above = 1 << need.bit_length()
     return Parameter(name, (0, need, above, 2 * above, 4 * above), 0, reserve=True)
-
-
-def combinations(parameters: Sequence[Parameter]) -> Iterator[dict[str, ParameterValue]]:
-    """Every combination of the ladders, defaults first."""
-    ordered = [sorted(parameter.ladder, key=lambda value, p=parameter: value != p.default) for parameter in parameters]  # type: ignore[misc]
-
-    def extend(index: int, chosen: dict[str, ParameterValue]) -> Iterator[dict[str, ParameterValue]]:
-        if index == len(parameters):
-            yield dict(chosen)
-            return
-        for value in ordered[index]:
-            yield from extend(index + 1, {**chosen, parameters[index].name: value})
-
-    return extend(0, {})

@@ -1,0 +1,286 @@
+"""NSAAttention: the whole layer. Compression, selection and window branches, gated and added; train, prefill, decode.
+
+Top of the runtime: projects, scores, calls ``selection_attention`` and the two other branches. Flags are read when a
+layer is constructed. It tunes nothing and holds no tokens: a context lives in its ``NSACache``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from .cache import BRANCHES, Branch, NSACache
+from .compression import Compression, MeanCompressor, MLPCompressor, compressed_attention, compressed_count
+from .dispatch import active_dispatch_table, call_problem, selection_attention
+from .dispatch_table import DispatchTable
+from .errors import ArgumentError
+from .flags import Flags, read_flags
+from .rotary import rotate, rotation
+from .scoring import check_block_sizes, choose_blocks
+from .selection import Selection, blocks_to_ranges_v1
+from .trace import ParameterValue
+from .window import window_attention
+from .workspace import Workspace
+
+_workspaces: dict[torch.device, Workspace] = {}
+
+
+class NSAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Sizes of a layer. Raises ArgumentError for sizes that do not go together.
+
+    ``dim`` of the token; ``num_heads`` = G * h query heads, ``num_kv_heads`` = G; ``head_dim`` Dk, even for rotary;
+    ``value_head_dim`` Dv, None = Dk. ``compression``: ``mean``, or ``mlp``, which learns. ``rotary_base``: angle base.
+    """
+
+    dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_head_dim: int | None = None
+    kernel_size: int = 32
+    kernel_stride: int = 16
+    block_size: int = 64
+    topk: int = 16
+    window_size: int = 512
+    compression: Compression = "mean"
+    rotary_base: float = 10000.0
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "num_heads", "num_kv_heads", "head_dim", "window_size", "value_width"):
+            if getattr(self, name) < 1:
+                raise ArgumentError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ArgumentError(f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise ArgumentError(f"head_dim {self.head_dim} is odd; rotary turns pairs, so it must be even")
+        if self.compression not in ("mean", "mlp"):
+            raise ArgumentError(f"compression is {self.compression!r}, expected 'mean' or 'mlp'")
+        if not self.rotary_base > 0:
+            raise ArgumentError(f"rotary_base is {self.rotary_base}, expected more than 0")
+        check_block_sizes(self.kernel_size, self.kernel_stride, self.block_size, self.topk)
+
+    @property
+    def value_width(self) -> int:
+        """Dv."""
+        return self.head_dim if self.value_head_dim is None else self.value_head_dim
+
+    @property
+    def heads_per_group(self) -> int:
+        """h."""
+        return self.num_heads // self.num_kv_heads
+
+
+def shared_workspace(device: torch.device) -> Workspace:
+    """The workspace of a device that layers share unless they are given one."""
+    return _workspaces.setdefault(device, Workspace())
+
+
+class NSAAttention(nn.Module):
+    """Native Sparse Attention over tokens (B, S, dim).
+
+    ``workspace``: None = the one all layers on a device share. ``dispatch_table``: None = the one in force at the call.
+    ``flags``: None = read from the environment, now, which may raise FlagError. Calls raise what
+    ``selection_attention`` does, a path that flags force and that cannot run included.
+    """
+
+    def __init__(
+        self,
+        config: NSAConfig,
+        *,
+        workspace: Workspace | None = None,
+        dispatch_table: DispatchTable | None = None,
+        flags: Flags | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.flags = read_flags() if flags is None else flags
+        self.workspace = workspace
+        self.dispatch_table = dispatch_table
+
+        def linear(inputs: int, outputs: int) -> nn.Linear:
+            return nn.Linear(inputs, outputs, bias=False, device=device, dtype=dtype)
+
+        def compressor(width: int) -> nn.Module:
+            if config.compression == "mean":
+                return MeanCompressor(config.kernel_size, config.kernel_stride)
+            return MLPCompressor(config.kernel_size, config.kernel_stride, width, device=device, dtype=dtype)
+
+        groups, heads = config.num_kv_heads, config.num_heads
+        self.query = linear(config.dim, heads * config.head_dim)
+        self.keys = nn.ModuleDict({branch: linear(config.dim, groups * config.head_dim) for branch in BRANCHES})
+        self.values = nn.ModuleDict({branch: linear(config.dim, groups * config.value_width) for branch in BRANCHES})
+        self.compress_key = compressor(config.head_dim)
+        self.compress_value = compressor(config.value_width)
+        self.gate = nn.Linear(config.dim, heads * len(BRANCHES), device=device, dtype=dtype)
+        self.output = linear(heads * config.value_width, config.dim)
+
+    def extra_repr(self) -> str:
+        """The configuration, for ``print(layer)``."""
+        return repr(self.config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, S, dim), a whole context -> y (B, S, dim); for training, and without a cache."""
+        self._check(x)
+        keys, values = self._keys_values(x, 0)
+        compressed_key = self.compress_key(keys["compression"])
+        compressed_value = self.compress_value(values["compression"])
+        return self._attend(x, 0, keys, values, compressed_key, compressed_value)
+
+    @torch.no_grad()
+    def prefill(self, x: Tensor, *, capacity: int = 0) -> tuple[Tensor, NSACache]:
+        """x (B, S, dim), S >= 1, from an empty cache -> y (B, S, dim) and the cache, without gradients.
+
+        ``capacity``: tokens that the cache has room for from the start.
+        """
+        self._check(x)
+        cache = self.empty_cache(x.shape[0], capacity=max(capacity, x.shape[1]), device=x.device)
+        if self.flags.batched_prefill:
+            return self._extend(x, cache), cache
+        return torch.cat([self._extend(x[:, t : t + 1], cache) for t in range(x.shape[1])], 1), cache
+
+    def empty_cache(self, batch: int, *, capacity: int, device: torch.device) -> NSACache:
+        """A cache without tokens that has room for ``capacity`` of them; ``decode`` may start from it too."""
+        config = self.config
+        autocast = torch.is_autocast_enabled(device.type)
+        return NSACache(
+            batch,
+            config.num_kv_heads,
+            config.head_dim,
+            config.value_width,
+            dtype=torch.get_autocast_dtype(device.type) if autocast else self.query.weight.dtype,
+            device=device,
+            capacity=capacity,
+            compressed_capacity=compressed_count(capacity, config.kernel_size, config.kernel_stride),
+        )
+
+    @torch.no_grad()
+    def decode(self, x: Tensor, cache: NSACache) -> tuple[Tensor, NSACache]:
+        """x (B, 1, dim), the next token -> y (B, 1, dim) and the cache, updated in place; without gradients."""
+        self._check(x)
+        if x.shape[1] != 1:
+            raise ArgumentError(f"decode takes one token, x (B, 1, {self.config.dim}), got {tuple(x.shape)}")
+        return self._extend(x, cache), cache
+
+    def _extend(self, x: Tensor, cache: NSACache) -> Tensor:
+        """Append tokens x (B, S, dim) to the cache and attend; a call that fails leaves the cache as it was."""
+        config, first, done = self.config, cache.length, cache.compressed_length
+        finished = False
+        try:
+            cache.append(*self._keys_values(x, first))
+            if compressed_count(cache.length, config.kernel_size, config.kernel_stride) > done:
+                fresh = slice(done * config.kernel_stride, None)
+                cache.append_compressed(
+                    self.compress_key(cache.key("compression")[:, :, fresh]),
+                    self.compress_value(cache.value("compression")[:, :, fresh]),
+                )
+            keys = {branch: cache.key(branch) for branch in BRANCHES}
+            values = {branch: cache.value(branch) for branch in BRANCHES}
+            y = self._attend(x, first, keys, values, cache.compressed_key, cache.compressed_value)
+            finished = True
+        finally:
+            if not finished:
+                cache.truncate(first, done)
+        return y
+
+    def _keys_values(self, x: Tensor, first: int) -> tuple[dict[Branch, Tensor], dict[Branch, Tensor]]:
+        """Raw keys (B, G, S, Dk), turned by their positions, and values (B, G, S, Dv) of every branch."""
+        split = (self.config.num_kv_heads, -1)
+        turn = self._rotation(x, first)
+        keys = {branch: rotate(self.keys[branch](x).unflatten(2, split), turn).transpose(1, 2) for branch in BRANCHES}
+        values = {branch: self.values[branch](x).unflatten(2, split).transpose(1, 2) for branch in BRANCHES}
+        return keys, values
+
+    def _rotation(self, x: Tensor, first: int) -> Tensor:
+        config = self.config
+        return rotation(first, x.shape[1], config.head_dim, config.rotary_base, dtype=x.dtype, device=x.device)
+
+    def _attend(
+        self,
+        x: Tensor,
+        first: int,
+        keys: Mapping[Branch, Tensor],
+        values: Mapping[Branch, Tensor],
+        compressed_key: Tensor,
+        compressed_value: Tensor,
+    ) -> Tensor:
+        """The three branches of the tokens at positions ``first`` .., gated (paper eq. 5) and projected."""
+        config = self.config
+        split = (config.num_kv_heads, config.heads_per_group, -1)
+        query = rotate(self.query(x).unflatten(2, split), self._rotation(x, first))
+        gates = torch.unflatten(torch.sigmoid(self.gate(x)), 2, split)
+        compression = compressed_attention(
+            query,
+            compressed_key,
+            compressed_value,
+            first_position=first,
+            kernel_size=config.kernel_size,
+            kernel_stride=config.kernel_stride,
+            flash_attention=self.flags.flash_attention_compression,
+        )
+        selection = self._select(query, keys["selection"], values["selection"], compressed_key)
+        window = window_attention(
+            query,
+            keys["window"],
+            values["window"],
+            window=config.window_size,
+            flash_attention=self.flags.flash_attention_window,
+        )
+        mixed = gates[..., 0:1] * compression + gates[..., 1:2] * selection + gates[..., 2:3] * window
+        return cast(Tensor, self.output(mixed.flatten(2)))
+
+    def _select(self, query: Tensor, key: Tensor, value: Tensor, compressed_key: Tensor) -> Tensor:
+        selection = self._selection(query, compressed_key, key.shape[2])
+        path, parameters = self._path(query, key, value, selection)
+        return selection_attention(
+            query,
+            key,
+            value,
+            selection,
+            path=path,
+            parameters=parameters,
+            workspace=shared_workspace(query.device) if self.workspace is None else self.workspace,
+            table=self.dispatch_table,
+        )
+
+    def _selection(self, query: Tensor, compressed_key: Tensor, context_length: int) -> Selection:
+        config = self.config
+        blocks = choose_blocks(
+            query,
+            compressed_key,
+            context_length=context_length,
+            kernel_size=config.kernel_size,
+            kernel_stride=config.kernel_stride,
+            block_size=config.block_size,
+            topk=config.topk,
+        )
+        selection = Selection.from_blocks(blocks, block_size=config.block_size, context_length=context_length)
+        if self.flags.ranges_v2:
+            return selection
+        ranges = blocks_to_ranges_v1(blocks, config.block_size, selection.limits)
+        return Selection.from_ranges(ranges, context_length=context_length)
+
+    def _path(
+        self, query: Tensor, key: Tensor, value: Tensor, selection: Selection
+    ) -> tuple[str, dict[str, ParameterValue] | None]:
+        """The flags' path, or "auto"; where flags change parameters of dispatch's choice, that choice by name."""
+        flags = self.flags
+        if flags.path is not None:
+            return flags.path, flags.adjust(flags.path, {})
+        if flags.flash_attention and not flags.reserves:
+            return "auto", None
+        grad = torch.is_grad_enabled() and query.requires_grad
+        capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
+        problem = call_problem(query, key, value, selection, grad=grad, capturing=capturing)
+        choice = (self.dispatch_table or active_dispatch_table(query.device.type)).lookup(problem)
+        adjusted = flags.adjust(choice.path, choice.parameters)
+        return ("auto", None) if adjusted == choice.parameters else (choice.path, adjusted)
+
+    def _check(self, x: Tensor) -> None:
+        if x.dim() != 3 or x.shape[2] != self.config.dim or min(x.shape) < 1:
+            raise ArgumentError(f"x has shape {tuple(x.shape)}, expected (B, S, {self.config.dim}), B and S at least 1")

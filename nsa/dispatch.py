@@ -1,0 +1,274 @@
+"""selection_attention: run selection by the path that was asked for, or by the one the dispatch table chose.
+
+A named path never falls back. ``path="auto"`` takes the table's choice; where that cannot run on this very call it goes
+down a fixed chain, and every step is recorded, counted and warned about once. What a call needs to know is resolved
+once per kind of call and remembered, so a repeated call costs a dictionary lookup.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Literal
+
+import msgspec
+import torch
+from torch import Tensor
+
+from .dispatch_table import MAX_REMEMBERED, Choice, DispatchTable, load_dispatch_table
+from .errors import ArgumentError, StrictDispatchError, UnsupportedPathError
+from .paths import PATHS, Candidate
+from .paths.base import PathRun
+from .problem import DTYPE_NAMES, CacheState, SelectionProblem
+from .selection import Selection
+from .trace import ParameterValue, announce
+from .workspace import Workspace
+
+CHAIN = ("varlen", "dense", "packed")
+"""Where the choice and its tied set cannot run."""
+
+DEPLOYED_CACHE: dict[str, CacheState] = {"cpu": "hot", "cuda": "cold"}
+"""The L2 state a call is looked up under: between two calls of a layer the other layers have used a GPU's cache."""
+
+Strict = Literal["stale-ok"] | bool
+
+
+class DispatchWarning(UserWarning):
+    """A choice could not run on a call and the chain was followed."""
+
+
+class DispatchStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Counts since the process began: ``calls`` by "path (status)", ``steps`` down the chain by their text."""
+
+    calls: dict[str, int]
+    steps: dict[str, int]
+
+
+class Attempt(msgspec.Struct, frozen=True, kw_only=True):
+    """One runnable way to serve a call, and the steps down the chain that led to it."""
+
+    candidate: Candidate
+    function: PathRun
+    status: str
+    reason: str
+    steps: tuple[str, ...]
+
+
+_table: ContextVar[DispatchTable | None] = ContextVar("dispatch_table", default=None)
+_default_tables: dict[str, DispatchTable] = {}
+_forced_plans: dict[Any, tuple[Attempt, ...]] = {}
+_calls: Counter[tuple[str, str]] = Counter()
+_steps: Counter[str] = Counter()
+
+
+def dispatch_stats() -> DispatchStats:
+    """What dispatch has done in this process so far."""
+    calls = {f"{path} ({status})": count for (path, status), count in _calls.items()}
+    return DispatchStats(calls=calls, steps=dict(_steps))
+
+
+@contextmanager
+def use_dispatch_table(table: DispatchTable) -> Iterator[DispatchTable]:
+    """Inside the ``with`` block, ``path="auto"`` consults ``table``."""
+    token = _table.set(table)
+    try:
+        yield table
+    finally:
+        _table.reset(token)
+
+
+def active_dispatch_table(kind: str) -> DispatchTable:
+    """The table in force on a kind of device; the first call without a context loads it (see load_dispatch_table)."""
+    table = _table.get() or _default_tables.get(kind)
+    if table is None:
+        table = _default_tables[kind] = load_dispatch_table(device=kind)
+    return table
+
+
+def selection_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selection: Selection,
+    *,
+    path: str = "auto",
+    parameters: Mapping[str, ParameterValue] | None = None,
+    scale: float | None = None,
+    workspace: Workspace | None = None,
+    strict: Strict = False,
+    table: DispatchTable | None = None,
+) -> Tensor:
+    """Attention of each row over the union of its selected keys; shapes as in ``nsa.problem``.
+
+    query (B, S, G, h, Dk), key (B, G, T, Dk), value (B, G, T, Dv), any strides -> (B, S, G, h, Dv) in value's dtype.
+    ``path``: a key of PATHS, or "auto". ``parameters``: of a named path; those left out take their defaults.
+    ``scale``: None = Dk**-0.5. ``workspace``: buffers to reuse between calls that need no gradients.
+    ``strict``: True makes every choice but an exact, bucket or forced one an error; "stale-ok" accepts stale ones too.
+    ``table``: instead of the one in force. A row that selects nothing gives zeros.
+
+    Raises ArgumentError (shapes, dtypes, devices), UnsupportedPathError (a named path, or the whole chain, cannot
+    run), StrictDispatchError, ReserveError.
+    """
+    forced = path != "auto"
+    capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
+    grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    indices, length = selection.indices, selection.context_length
+    if isinstance(length, int) and length < key.shape[2]:
+        key, value = key[:, :, :length], value[:, :, :length]
+    chosen_table = None if forced else table or active_dispatch_table(query.device.type)
+    plans: dict[Any, tuple[Attempt, ...]] = _forced_plans if chosen_table is None else chosen_table.plans  # type: ignore[attr-defined]
+    call = (
+        *(query.shape, key.shape, value.shape, indices.shape, selection.block_size, selection.overlap_hint),
+        *(query.dtype, key.dtype, value.dtype, query.device, key.device, value.device, indices.device),
+        *(grad, capturing, strict, length if isinstance(length, int) else -1),
+        *(path, tuple(parameters.items()) if parameters else None),
+    )
+    plan = plans.get(call)
+    if plan is None:
+        problem = call_problem(query, key, value, selection, grad=grad, capturing=capturing)
+        plan = _plan(problem, query.device, path, parameters, strict, chosen_table)
+        if len(plans) >= MAX_REMEMBERED:
+            plans.clear()
+        plans[call] = plan
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return _run(plan, query, key, value, selection, scale, workspace)
+
+
+def _run(
+    plan: tuple[Attempt, ...],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selection: Selection,
+    scale: float,
+    workspace: Workspace | None,
+) -> Tensor:
+    late: tuple[str, ...] = ()
+    for attempt in plan:
+        candidate = attempt.candidate
+        status, reason = attempt.status, attempt.reason
+        if late:
+            status, reason = "default", "; ".join((*late, reason))
+        announce(status, reason)
+        try:
+            out = attempt.function(
+                query, key, value, selection, scale=scale, workspace=workspace, **candidate.parameters
+            )
+        except UnsupportedPathError as error:
+            if attempt is plan[-1]:
+                raise
+            late = (*late, f"{candidate.path}: {error}")
+            continue
+        _calls[candidate.path, status] += 1
+        for step in (*attempt.steps, *late):
+            _count_step(step)
+        return out
+    raise AssertionError("a plan has at least one attempt")
+
+
+def _count_step(step: str) -> None:
+    _steps[step] += 1
+    if _steps[step] == 1:
+        warnings.warn(f"nsa dispatch went down its chain: {step}", DispatchWarning, stacklevel=4)
+
+
+def _plan(
+    problem: SelectionProblem,
+    device: torch.device,
+    path: str,
+    parameters: Mapping[str, ParameterValue] | None,
+    strict: Strict,
+    table: DispatchTable | None,
+) -> tuple[Attempt, ...]:
+    if table is None:
+        return (_forced(problem, device, path, parameters),)
+    if parameters:
+        raise ArgumentError("parameters belong to a named path; got path='auto', whose parameters the table chooses")
+    choice = table.lookup(problem)
+    accepted = {"exact", "bucket"} | ({"stale"} if strict == "stale-ok" else set())
+    if strict and choice.status not in accepted:
+        raise StrictDispatchError(
+            f"strict dispatch: the choice {choice.path} is {choice.status!r} ({choice.reason}); expected one of "
+            f"{sorted(accepted)}; measure this problem with 'nsa-tune sweep'"
+        )
+    return _chain(problem, device, choice, bool(strict))
+
+
+def _forced(
+    problem: SelectionProblem, device: torch.device, path: str, parameters: Mapping[str, ParameterValue] | None
+) -> Attempt:
+    if path not in PATHS:
+        raise ArgumentError(f"unknown path {path!r}; expected 'auto' or one of {sorted(PATHS)}")
+    known = PATHS[path]
+    filled = {**known.defaults(problem, device), **(parameters or {})}
+    reason = known.unsupported_reason(problem, device, filled)
+    if reason is not None:
+        raise UnsupportedPathError(reason)
+    candidate = Candidate(path=path, parameters=filled)
+    return Attempt(candidate=candidate, function=known.function(), status="forced", reason="named", steps=())
+
+
+def _chain(problem: SelectionProblem, device: torch.device, choice: Choice, strict: bool) -> tuple[Attempt, ...]:
+    first = Candidate(path=choice.path, parameters=choice.parameters)
+    rest = (Candidate(path=name, parameters=PATHS[name].defaults(problem, device)) for name in CHAIN)
+    attempts: list[Attempt] = []
+    steps: tuple[str, ...] = ()
+    for candidate in (first,) if strict else (first, *choice.tied, *rest):
+        known = PATHS[candidate.path]
+        reason = known.unsupported_reason(problem, device, candidate.parameters)
+        if reason is not None:
+            steps = (*steps, f"{candidate.path}: unsupported: {reason}")
+            continue
+        status, why = (choice.status, choice.reason) if candidate is first else ("default", "; ".join(steps))
+        attempts.append(
+            Attempt(candidate=candidate, function=known.function(), status=status, reason=why, steps=steps)
+        )
+    if not attempts:
+        raise UnsupportedPathError("; ".join(steps))
+    return tuple(attempts)
+
+
+def call_problem(
+    query: Tensor, key: Tensor, value: Tensor, selection: Selection, *, grad: bool, capturing: bool
+) -> SelectionProblem:
+    """The problem of a call. Raises ArgumentError where shapes, dtypes or devices disagree."""
+    if query.dim() != 5 or key.dim() != 4 or value.dim() != 4:
+        raise ArgumentError(
+            "expected query (B, S, G, h, Dk), key (B, G, T, Dk), value (B, G, T, Dv); got "
+            f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
+        )
+    batch, queries, groups, heads, width = query.shape
+    keys = key.shape[2]
+    expected = ((batch, groups, keys, width), (batch, groups, keys, value.shape[3]), (batch, queries, groups))
+    got = (tuple(key.shape), tuple(value.shape), tuple(selection.indices.shape[:3]))
+    for name, want, have in zip(("key", "value", "selection rows"), expected, got, strict=True):
+        if want != have:
+            raise ArgumentError(f"{name} has shape {have}, expected {want} from query {tuple(query.shape)}")
+    if len({query.dtype, key.dtype, value.dtype}) > 1 or query.dtype not in DTYPE_NAMES:
+        raise ArgumentError(
+            f"query, key and value must share one of {list(DTYPE_NAMES)}; got {query.dtype}, {key.dtype}, {value.dtype}"
+        )
+    devices = {query.device, key.device, value.device, selection.indices.device}
+    if len(devices) > 1:
+        raise ArgumentError(f"query, key, value and selection are on {sorted(map(str, devices))}; move them to one")
+    length = selection.context_length
+    if isinstance(length, int) and length > keys:
+        raise ArgumentError(f"the selection's context_length {length} exceeds the {keys} keys that were passed")
+    if isinstance(length, Tensor) and length.device.type == "cpu" and bool((length > keys).any()):
+        raise ArgumentError(f"context_length {length.tolist()} exceeds the {keys} keys that were passed")
+    return SelectionProblem(
+        mode="train" if grad else "decode" if queries == 1 else "prefill",
+        dtype=DTYPE_NAMES[query.dtype],
+        **dict(zip(("B", "S", "G", "h", "Dk"), (batch, queries, groups, heads, width), strict=True)),
+        T=keys,
+        Dv=value.shape[3],
+        block_size=selection.block_size,
+        topk=selection.indices.shape[3],
+        form=selection.form,
+        overlap=selection.overlap_hint,
+        execution="graph" if capturing else "eager",
+        cache=DEPLOYED_CACHE[query.device.type],
+    )

@@ -1,0 +1,266 @@
+"""DispatchTable: measured picks with their evidence, read strictly, looked up without files, tensors or waiting.
+
+A table is JSON: ``{version, device, software, entries}``. Unknown fields, paths and parameters are refused with the
+JSON path of the fault. It decides nothing at run time but which candidate a problem gets; ``nsa.dispatch`` runs it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import torch
+from platformdirs import user_data_path
+
+from .device import DeviceIdentity, SoftwareIdentity, device_identity, software_identity
+from .errors import DispatchTableError
+from .flags import read_flags
+from .paths import PATHS, Candidate
+from .problem import SelectionProblem
+from .trace import ParameterValue
+
+VERSION = 1
+MAX_TABLE_BYTES = 16 * 2**20
+MAX_REMEMBERED = 2**16
+PACKAGED = Path(__file__).parent / "dispatch_tables"
+
+Status = Literal["exact", "bucket", "interpolated", "extrapolated", "stale", "default", "forced"]
+
+DEFAULT_PATHS = {
+    ("cpu", "decode"): "gather",
+    ("cpu", "prefill"): "dense",
+    ("cpu", "train"): "dense",
+    ("cuda", "decode"): "varlen",
+    ("cuda", "prefill"): "varlen",
+    ("cuda", "train"): "varlen",
+}
+
+
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
+    """What a lookup answers: the candidate, how good the evidence is (``status``), whose table (``tier``), and why."""
+
+    path: str
+    parameters: dict[str, ParameterValue]
+    status: Status
+    tier: str
+    entry: str = ""
+    reason: str = ""
+    tied: tuple[Candidate, ...] = ()
+
+
+class DispatchEntry(SelectionProblem, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One pick: the problem's fields by name, the candidate, and its evidence.
+
+    ``ratio`` is time of the pick over time of the default, of the default over the runner-up where the default won;
+    below 1 is faster. None where there was nothing to compare with. ``pattern`` names the selections measured on.
+    """
+
+    path: str
+    parameters: dict[str, ParameterValue]
+    pattern: str = "scored"
+    pairs: int = 0
+    ratio: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
+    e_value: float | None = None
+    tied: tuple[Candidate, ...] = ()
+    runner_up: Candidate | None = None
+    median_us: float
+    peak_bytes: int
+    oracle_error: float
+    oracle_bound: float
+    kernels: tuple[str, ...]
+    run_id: str
+    date: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for candidate in (self, *self.tied):
+            path = PATHS.get(candidate.path)
+            if path is None or not path.dispatchable:
+                names = sorted(name for name, known in PATHS.items() if known.dispatchable)
+                raise DispatchTableError(f"unknown path {candidate.path!r}; this version has {names}")
+        unknown = set(self.parameters) - {
+            parameter.name for kind in ("cpu", "cuda") for parameter in path_tunables(self.path, self.problem(), kind)
+        }
+        if unknown:
+            raise DispatchTableError(f"path {self.path!r} has no parameter {sorted(unknown)}")
+
+    def problem(self) -> SelectionProblem:
+        """The problem alone, as lookups ask for it."""
+        return SelectionProblem(**{name: getattr(self, name) for name in SelectionProblem.__struct_fields__})
+
+
+def path_tunables(path: str, problem: SelectionProblem, kind: str) -> tuple[Any, ...]:
+    """The Parameters of a path for a problem on a kind of device."""
+    return PATHS[path].tunables(problem, torch.device(kind))
+
+
+class DispatchTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True, eq=False):
+    """Picks for one device. Make it by decoding (``decode``, ``load_dispatch_table``) or from entries."""
+
+    device: DeviceIdentity
+    software: SoftwareIdentity
+    entries: tuple[DispatchEntry, ...] = ()
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        if self.version != VERSION:
+            raise DispatchTableError(f"dispatch table version {self.version}, this nsa reads version {VERSION}")
+        state = self.__dict__
+        state["tier"] = "argument"
+        state["choices"] = {}
+        state["plans"] = {}
+        state["stale"] = self.software.stale_against(software_identity()) if self.entries else ""
+        state["families"] = families = {}
+        for number, entry in enumerate(self.entries):
+            contexts = families.setdefault(_family(entry), {}).setdefault(entry.B, {})
+            if entry.T in contexts:
+                raise DispatchTableError(f"entries {contexts[entry.T][0]} and {number} are for the same problem")
+            contexts[entry.T] = (number, entry)
+
+    @staticmethod
+    def decode(data: bytes) -> DispatchTable:
+        """From JSON. Raises DispatchTableError naming the fault and its JSON path."""
+        if len(data) > MAX_TABLE_BYTES:
+            raise DispatchTableError(f"dispatch table of {len(data)} bytes; at most {MAX_TABLE_BYTES} are read")
+        try:
+            return msgspec.json.decode(data, type=DispatchTable)
+        except msgspec.DecodeError as error:
+            raise DispatchTableError(f"not a dispatch table: {error}") from error
+
+    def encode(self) -> bytes:
+        """As indented JSON, one trailing newline."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n"
+
+    def lookup(self, problem: SelectionProblem) -> Choice:
+        """The choice for a problem, remembered. No file, no tensor, no synchronisation."""
+        choice: Choice | None = self.__dict__["choices"].get(problem)
+        if choice is None:
+            choice = self._resolve(problem)
+            if len(self.__dict__["choices"]) >= MAX_REMEMBERED:
+                self.__dict__["choices"].clear()
+            self.__dict__["choices"][problem] = choice
+        return choice
+
+    def _resolve(self, problem: SelectionProblem) -> Choice:
+        by_batch = self.__dict__["families"].get(_family(problem))
+        if not by_batch:
+            why = "no measurement of this kind of problem" if self.entries else "no dispatch table for this device"
+            return self._default(problem, "default", why)
+        for batch in sorted(batch for batch in by_batch if batch >= problem.B):
+            contexts = by_batch[batch]
+            if problem.T in contexts:
+                return self._measured(*contexts[problem.T], batch == problem.B)
+            ordered = sorted(contexts)
+            place = bisect_left(ordered, problem.T)
+            if 0 < place < len(ordered):
+                return self._between(problem, contexts[ordered[place - 1]][1], *contexts[ordered[place]])
+        measured = {batch: sorted(contexts) for batch, contexts in by_batch.items()}
+        return self._default(problem, "extrapolated", f"outside the measured contexts by batch {measured}")
+
+    def _measured(self, number: int, entry: DispatchEntry, same_batch: bool) -> Choice:
+        status: Status = "exact" if same_batch else "bucket"
+        reason = "measured" if same_batch else f"measured at the next larger batch {entry.B}"
+        if self.__dict__["stale"]:
+            status, reason = "stale", f"{reason}, but {self.__dict__['stale']}"
+        return self._pick(number, entry, status, reason)
+
+    def _between(self, problem: SelectionProblem, lower: DispatchEntry, number: int, upper: DispatchEntry) -> Choice:
+        where = f"between measured contexts {lower.T} and {upper.T} at batch {upper.B}"
+        if lower.path != upper.path:
+            return self._default(problem, "default", f"{where}, which disagree: {lower.path}, {upper.path}")
+        stale = f", but {self.__dict__['stale']}" if self.__dict__["stale"] else ""
+        return self._pick(number, upper, "interpolated", f"{where}, which agree{stale}")
+
+    def _pick(self, number: int, entry: DispatchEntry, status: Status, reason: str) -> Choice:
+        return Choice(
+            path=entry.path,
+            parameters=entry.parameters,
+            status=status,
+            tier=self.__dict__["tier"],
+            entry=f"{entry.run_id}#{number}",
+            reason=reason,
+            tied=entry.tied,
+        )
+
+    def _default(self, problem: SelectionProblem, status: Status, reason: str) -> Choice:
+        kind = self.device.kind
+        candidate = default_candidate(problem, kind)
+        return Choice(
+            path=candidate.path,
+            parameters=candidate.parameters,
+            status=status,
+            tier=self.__dict__["tier"],
+            reason=reason,
+        )
+
+
+def default_candidate(problem: SelectionProblem, kind: str) -> Candidate:
+    """The literal default of a device kind and mode, at its default parameters."""
+    path = DEFAULT_PATHS[kind, problem.mode]
+    return Candidate(path=path, parameters=PATHS[path].defaults(problem, torch.device(kind)))
+
+
+def _family(problem: SelectionProblem) -> tuple[Any, ...]:
+    """All that must be equal for two problems to share contexts. S = T (a whole prefill) is one family over T."""
+    p = problem
+    queries = -1 if p.S == p.T and p.mode != "decode" else p.S
+    return (
+        *(p.mode, p.dtype, queries, p.G, p.h, p.Dk, p.Dv),
+        *(p.block_size, p.topk, p.form, p.overlap, p.execution, p.cache),
+    )
+
+
+def user_table_path(device: DeviceIdentity) -> Path:
+    """Where this user's table for a device lives; ``nsa-tune sweep`` writes it."""
+    return user_data_path("nsa-tune") / "dispatch_tables" / f"{device.slug}.json"
+
+
+def read_dispatch_table(path: Path) -> DispatchTable:
+    """Read a table of any device. Raises DispatchTableError; a file over 16 MiB is refused before it is read."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_TABLE_BYTES:
+            raise DispatchTableError(f"{path} has {size} bytes; a dispatch table has at most {MAX_TABLE_BYTES}")
+        data = path.read_bytes()
+    except OSError as error:
+        raise DispatchTableError(f"cannot read dispatch table {path}: {error.strerror}") from error
+    try:
+        return DispatchTable.decode(data)
+    except DispatchTableError as error:
+        raise DispatchTableError(
+            f"{path}: {error}; make it again with 'nsa-tune sweep' or remove the file"
+        ) from error
+
+
+def load_dispatch_table(source: str | Path | None = None, *, device: str | None = None) -> DispatchTable:
+    """The table to use on the current device: ``source``, else NSA_DISPATCH_TABLE, the user's, the packaged, or none.
+
+    ``device`` is "cuda" or "cpu", by default "cuda" where there is one. Raises DispatchTableError where the file that
+    is asked for is unreadable or belongs to another device; it never goes on to the next source then.
+    """
+    identity = device_identity(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    environment = read_flags().dispatch_table
+    if source is not None:
+        return _for_device(Path(source), identity, "argument")
+    if environment:
+        return _for_device(Path(environment), identity, "environment")
+    for path, tier in ((user_table_path(identity), "user"), (PACKAGED / f"{identity.slug}.json", "packaged")):
+        if path.exists():
+            return _for_device(path, identity, tier)
+    table = DispatchTable(device=identity, software=software_identity())
+    table.__dict__["tier"] = "defaults"
+    return table
+
+
+def _for_device(path: Path, identity: DeviceIdentity, tier: str) -> DispatchTable:
+    table = read_dispatch_table(path)
+    if table.device.slug != identity.slug:
+        raise DispatchTableError(
+            f"{path} is for device {table.device.slug}, this one is {identity.slug}; run 'nsa-tune sweep' here"
+        )
+    table.__dict__["tier"] = tier
+    return table

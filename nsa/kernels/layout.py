@@ -1,0 +1,275 @@
+"""Leaf of the Triton kernels: device functions and launch arguments that they share.
+
+A program sees keys below its row's *limit*, min(context length, T, query position + 1), and the row's *first* entries:
+valid block indices, each counted where it stands first. Scores are kept raw; ``scale2`` is scale * log2(e), so that
+every exponential is an exp2. Nothing here knows a loop order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..errors import ArgumentError, UnsupportedPathError
+from ..selection import Selection
+
+LOG2E = 1.4426950408889634
+LOWEST = tl.constexpr(-1.0e30)
+"""Running maximum before any key: finite, so that exp2(-inf - LOWEST) is 0 and nothing is NaN."""
+
+
+@triton.jit
+def key_count(LENGTH, b, T, TENSOR_LENGTH: tl.constexpr):
+    """Keys that exist for batch entry ``b``: its context length, at most T."""
+    if TENSOR_LENGTH:
+        length = tl.load(LENGTH + b).to(tl.int32)
+    else:
+        length = LENGTH
+    return tl.minimum(length, T)
+
+
+@triton.jit
+def row_limit(POSITION, b, s, length, full_length, S, spb, sps):
+    """Keys that query ``s`` (scalar or tensor) may see. ``full_length`` is the context length before the cut to T."""
+    if POSITION is not None:
+        position = tl.load(POSITION + b * spb + s * sps).to(tl.int32)
+    else:
+        position = full_length - S + s
+    return tl.maximum(tl.minimum(length, position + 1), 0)
+
+
+@triton.jit
+def context_length(LENGTH, b, TENSOR_LENGTH: tl.constexpr):
+    """The caller's context length of batch entry ``b``, not cut to T."""
+    if TENSOR_LENGTH:
+        length = tl.load(LENGTH + b).to(tl.int32)
+    else:
+        length = LENGTH
+    return length
+
+
+@triton.jit
+def load_rows(
+    SOURCE,
+    b,
+    g,
+    first,
+    rows_left,
+    sb,
+    sg,
+    st,
+    COLUMN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    BS: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+):
+    """Rows first .. first + BS of (b, g), columns COLUMN .. COLUMN + PADDED, as (BS, PADDED); zero past the edges.
+
+    By descriptor the edge is the tensor's end, by pointer ``rows_left`` rows and WIDTH columns.
+    """
+    if DESCRIPTOR:
+        tile = SOURCE.load([b, g, first, COLUMN]).reshape(BS, PADDED)
+    else:
+        rows = tl.arange(0, BS)
+        columns = tl.arange(0, PADDED)
+        base = SOURCE + b.to(tl.int64) * sb + g.to(tl.int64) * sg + first.to(tl.int64) * st + COLUMN
+        mask = (rows < rows_left)[:, None]
+        if COLUMN + PADDED > WIDTH:
+            mask = mask & (columns < WIDTH - COLUMN)[None, :]
+        tile = tl.load(base + (rows[:, None] * st + columns[None, :]), mask=mask, other=0.0)
+    return tile
+
+
+@triton.jit
+def first_entries(pointers, slots, limit, N: tl.constexpr, BS: tl.constexpr):
+    """One row's entries (NP,) and which of them count: valid, below the limit, and not seen at a lower slot."""
+    entry = tl.load(pointers, mask=slots < N, other=-1)
+    valid = (entry >= 0) & (entry < tl.cdiv(limit, BS))
+    entry = tl.where(valid, entry, -1).to(tl.int32)
+    earlier = (entry[:, None] == entry[None, :]) & (slots[None, :] < slots[:, None])
+    return entry, valid & (tl.sum(earlier.to(tl.int32), 1) == 0)
+
+
+@triton.jit
+def compact(values, keep, slots):
+    """``values`` where ``keep``, moved to the front in order, and how many. Both (NP,)."""
+    place = tl.cumsum(keep.to(tl.int32), 0) - 1
+    hit = (slots[:, None] == place[None, :]) & keep[None, :]
+    return tl.sum(tl.where(hit, values[None, :], 0), 1), tl.sum(keep.to(tl.int32), 0)
+
+
+@triton.jit
+def load_query(base, rows, offsets, mask, COLUMN: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Query rows (M, PADDED) at ``base + offsets``, columns COLUMN .. COLUMN + PADDED, zero where masked."""
+    columns = tl.arange(0, PADDED)
+    inside = mask[:, None]
+    if COLUMN + PADDED > WIDTH:
+        inside = inside & (columns < WIDTH - COLUMN)[None, :]
+    return tl.load(base + offsets[:, None] + (columns + COLUMN)[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def attend(
+    q0,
+    q1,
+    entries,
+    low,
+    high,
+    member,
+    limit,
+    K0,
+    K1,
+    V,
+    b,
+    g,
+    length,
+    scale2,
+    skb,
+    skg,
+    skt,
+    svb,
+    svg,
+    svt,
+    M: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    DK: tl.constexpr,
+    DK0: tl.constexpr,
+    DK1: tl.constexpr,
+    DV: tl.constexpr,
+    DVP: tl.constexpr,
+    BS: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+):
+    """Online softmax of M query rows over entries low .. high of a list held in registers.
+
+    An entry is ``block << TOKENS | bits`` where bit i says that token i of the tile chose the block; with TOKENS 0 it
+    is the block and every row chose it. ``member`` (M,) is each row's token, ``limit`` (M,) or scalar its limit.
+    Returns (weighted values (M, DVP), running maximum (M,), total (M,)), not yet divided.
+    The loop has no branch, so that its loads are pipelined.
+    """
+    top = tl.full([M], LOWEST, tl.float32)
+    total = tl.zeros([M], tl.float32)
+    out = tl.zeros([M, DVP], tl.float32)
+    slots = tl.arange(0, ENTRIES)
+    keys = tl.arange(0, BS)
+    for i in range(low, high):
+        entry = tl.sum(tl.where(slots == i, entries, 0), 0)
+        first = (entry >> TOKENS) * BS
+        k0 = load_rows(K0, b, g, first, length - first, skb, skg, skt, 0, DK, DK0, BS, DESCRIPTOR)
+        score = tl.dot(q0, tl.trans(k0), input_precision="ieee")
+        if DK1 > 0:
+            k1 = load_rows(K1, b, g, first, length - first, skb, skg, skt, DK0, DK, DK1, BS, DESCRIPTOR)
+            score = tl.dot(q1, tl.trans(k1), score, input_precision="ieee")
+        if TOKENS > 0:
+            reach = tl.where(((entry >> member) & 1) == 1, limit - first, 0)
+            score = tl.where(keys[None, :] < reach[:, None], score, -float("inf"))
+        else:
+            score = tl.where((keys < limit - first)[None, :], score, -float("inf"))
+        new_top = tl.maximum(top, tl.max(score, 1))
+        weight = tl.math.exp2(score * scale2 - (new_top * scale2)[:, None])
+        decay = tl.math.exp2((top - new_top) * scale2)
+        total = total * decay + tl.sum(weight, 1)
+        v = load_rows(V, b, g, first, length - first, svb, svg, svt, 0, DV, DVP, BS, DESCRIPTOR)
+        out = tl.dot(weight.to(v.dtype), v, out * decay[:, None], input_precision="ieee")
+        top = new_top
+    return out, top, total
+
+
+@triton.jit
+def finish(out, top, total, scale2):
+    """Divide by the total; a row without keys gives zeros and a log-sum-exp (base 2) of +inf."""
+    some = total > 0
+    divisor = tl.where(some, total, 1.0)
+    logsum = tl.where(some, top * scale2 + tl.math.log2(divisor), float("inf"))
+    return out / divisor[:, None], logsum
+
+
+def power_of_two(size: int, least: int = 1) -> int:
+    """The smallest power of two that is at least ``size`` and ``least``."""
+    return max(least, 1 << (size - 1).bit_length())
+
+
+def split_width(width: int) -> tuple[int, int]:
+    """A head dim as two powers of two from 16 on, the second 0 where one serves: 192 is (128, 64), not 256."""
+    whole = power_of_two(width, 16)
+    half = whole // 2
+    if width > half >= 16 and (rest := power_of_two(width - half, 16)) < half:
+        return half, rest
+    return whole, 0
+
+
+def shape_constants(query: Tensor, value: Tensor, selection: Selection) -> dict[str, int | bool]:
+    """The compile-time sizes that every kernel takes."""
+    width, value_width = query.shape[4], value.shape[3]
+    first, second = split_width(width)
+    slots = selection.indices.shape[3]
+    return {
+        "H": query.shape[3],
+        "HP": power_of_two(query.shape[3]),
+        "N": slots,
+        "NP": power_of_two(slots),
+        "DK": width,
+        "DK0": first,
+        "DK1": second,
+        "DV": value_width,
+        "DVP": power_of_two(value_width, 16),
+        "BS": selection.block_size,
+        "TENSOR_LENGTH": isinstance(selection.context_length, Tensor),
+    }
+
+
+def selection_arguments(selection: Selection) -> tuple[Any, ...]:
+    """(LENGTH, POSITION, spb, sps): context length, int or (B,), and positions, None or of strides (spb, sps)."""
+    positions = selection.query_positions
+    if positions is None:
+        return selection.context_length, None, 0, 0
+    strides = positions.stride() if positions.dim() == 2 else (0, positions.stride(0))
+    return selection.context_length, positions, *strides
+
+
+def unit_last(tensor: Tensor, name: str) -> Tensor:
+    """The tensor itself. Raises ArgumentError unless its last dimension is contiguous."""
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        raise ArgumentError(f"{name} must be contiguous in its last dimension, got strides {tensor.stride()}")
+    return tensor
+
+
+def key_sources(
+    key: Tensor, value: Tensor, selection: Selection, constants: dict[str, int | bool], loads: str
+) -> tuple[Any, Any, Any]:
+    """(K0, K1, V) as kernels take them: the tensors, or tensor-map descriptors of one block each.
+
+    Raises UnsupportedPathError where descriptors cannot be: strides that are no multiple of 16 bytes, or a context
+    length on the device (what lies behind it could be NaN, and a descriptor reads it).
+    """
+    unit_last(key, "key")
+    unit_last(value, "value")
+    if loads == "pointer":
+        return key, key, value
+    if isinstance(selection.context_length, Tensor):
+        raise UnsupportedPathError("descriptor loads need a context length known on the host; take loads='pointer'")
+    keys = min(key.shape[2], selection.context_length)
+    size = selection.block_size
+    second = _descriptor(key, keys, size, int(constants["DK1"])) if constants["DK1"] else None
+    return (
+        _descriptor(key, keys, size, int(constants["DK0"])),
+        second,
+        _descriptor(value, keys, size, int(constants["DVP"])),
+    )
+
+
+def _descriptor(tensor: Tensor, keys: int, block_size: int, width: int) -> TensorDescriptor:
+    item = tensor.element_size()
+    if any(stride * item % 16 for stride in tensor.stride()[:3]) or tensor.data_ptr() % 16:
+        raise UnsupportedPathError(
+            f"descriptor loads need strides and start that are multiples of 16 bytes, got strides {tensor.stride()}; "
+            "take loads='pointer'"
+        )
+    shape = [tensor.shape[0], tensor.shape[1], keys, tensor.shape[3]]
+    return TensorDescriptor(tensor, shape, list(tensor.stride()), [1, 1, block_size, width])

@@ -1,0 +1,141 @@
+"""One program per row (token and group): its h query heads stand against its own blocks, one after the other.
+
+Traffic is every row's keys and values through L2, whatever the neighbours read: bound by L2 where h is small.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..selection import Selection
+from ..trace import ParameterValue
+from .layout import (
+    LOG2E,
+    attend,
+    compact,
+    context_length,
+    finish,
+    first_entries,
+    key_count,
+    key_sources,
+    load_query,
+    row_limit,
+    selection_arguments,
+    shape_constants,
+    unit_last,
+)
+
+
+@triton.jit(do_not_specialize=["LENGTH", "S", "T"])
+def nsa_token_forward(
+    Q,
+    K0,
+    K1,
+    V,
+    X,
+    LENGTH,
+    POSITION,
+    OUT,
+    LSE,
+    S,
+    T,
+    G,
+    scale2,
+    spb,
+    sps,
+    sqb,
+    sqs,
+    sqg,
+    sqh,
+    skb,
+    skg,
+    skt,
+    svb,
+    svg,
+    svt,
+    sxb,
+    sxs,
+    sxg,
+    sxn,
+    H: tl.constexpr,
+    HP: tl.constexpr,
+    N: tl.constexpr,
+    NP: tl.constexpr,
+    DK: tl.constexpr,
+    DK0: tl.constexpr,
+    DK1: tl.constexpr,
+    DV: tl.constexpr,
+    DVP: tl.constexpr,
+    BS: tl.constexpr,
+    TENSOR_LENGTH: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    GROUP_FIRST: tl.constexpr,
+):
+    """Grid (B * S * G,). With GROUP_FIRST neighbours in the grid are groups of one token, else tokens of one group."""
+    M: tl.constexpr = max(HP, 16)
+    pid = tl.program_id(0)
+    if GROUP_FIRST:
+        g = pid % G
+        s = (pid // G) % S
+    else:
+        s = pid % S
+        g = (pid // S) % G
+    b = pid // (S * G)
+    slots = tl.arange(0, NP)
+    heads = tl.arange(0, M)
+    columns = tl.arange(0, DVP)
+    length = key_count(LENGTH, b, T, TENSOR_LENGTH)
+    limit = row_limit(POSITION, b, s, length, context_length(LENGTH, b, TENSOR_LENGTH), S, spb, sps)
+    rows = X + b.to(tl.int64) * sxb + s.to(tl.int64) * sxs + g * sxg
+    entry, first = first_entries(rows + slots * sxn, slots, limit, N, BS)
+    entries, count = compact(entry, first, slots)
+    base = Q + b.to(tl.int64) * sqb + s.to(tl.int64) * sqs + g.to(tl.int64) * sqg
+    q0 = load_query(base, heads, heads * sqh, heads < H, 0, DK, DK0)
+    q1 = q0
+    if DK1 > 0:
+        q1 = load_query(base, heads, heads * sqh, heads < H, DK0, DK, DK1)
+    out, top, total = attend(
+        q0, q1, entries, 0, count, heads, limit, K0, K1, V, b, g, length, scale2,
+        skb, skg, skt, svb, svg, svt,
+        M, 0, NP, DK, DK0, DK1, DV, DVP, BS, DESCRIPTOR,
+    )  # fmt: skip
+    out, logsum = finish(out, top, total, scale2)
+    row = ((b.to(tl.int64) * S + s) * G + g) * H
+    keep = (heads < H)[:, None]
+    if DVP > DV:
+        keep = keep & (columns < DV)[None, :]
+    tl.store(OUT + row * DV + heads[:, None] * DV + columns[None, :], out.to(OUT.dtype.element_ty), mask=keep)
+    if LSE is not None:
+        tl.store(LSE + row + heads, logsum, mask=heads < H)
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selection: Selection,
+    scale: float,
+    logsum: Tensor | None,
+    *,
+    warps: ParameterValue,
+    stages: ParameterValue,
+    order: ParameterValue,
+    loads: ParameterValue,
+) -> Tensor:
+    """Output (B, S, G, h, Dv); fills ``logsum`` (B, S, G, h) float32 if given. Shapes as in ``nsa.problem``."""
+    batch, queries, groups, heads, _ = unit_last(query, "query").shape
+    out = torch.empty((batch, queries, groups, heads, value.shape[3]), dtype=value.dtype, device=value.device)
+    constants = shape_constants(query, value, selection)
+    sources = key_sources(key, value, selection, constants, str(loads))
+    length, positions, *position_strides = selection_arguments(selection)
+    nsa_token_forward[(batch * queries * groups,)](
+        query, *sources, selection.blocks, length, positions, out, logsum,
+        queries, key.shape[2], groups, scale * LOG2E, *position_strides,
+        *query.stride()[:4], *key.stride()[:3], *value.stride()[:3], *selection.blocks.stride(),
+        **constants, DESCRIPTOR=loads == "descriptor", GROUP_FIRST=order == "group",
+        num_warps=int(warps), num_stages=int(stages),
+    )  # fmt: skip
+    return out

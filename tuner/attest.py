@@ -1,0 +1,114 @@
+"""Attest: did the candidate really execute? A profiler watches one call; the path's Evidence is held against it. Worker side.
+
+Labels that Python code gives itself (``record_function``) are left out: own labels prove nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from nsa.paths import Evidence
+
+
+class FellBack(Exception):
+    """What executed is not what was declared. Says which pattern, how often expected, how often seen."""
+
+
+class Attestation(msgspec.Struct, frozen=True):
+    """Launch counts of the names that the evidence required, and of all GPU kernels; the allocator's peak in bytes."""
+
+    kernels: dict[str, int]
+    peak_bytes: int
+
+
+class Seen(msgspec.Struct, frozen=True):
+    """Operators (CPU side) in order with their input shapes, and GPU kernel names."""
+
+    operators: list[tuple[str, list[list[int]]]]
+    kernels: list[str]
+
+
+def attest(call: Callable[[], Any], evidence: Evidence, *, cuda: bool) -> Attestation:
+    """Run ``call`` once under a profiler and hold the evidence against what it saw. Raises FellBack."""
+    call()  # loads modules and compiles, so that the profiled call shows one call's launches only
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    with profile(activities=activities, record_shapes=True, profile_memory=not cuda) as profiler:
+        call()
+        if cuda:
+            torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before if cuda else allocator_peak(profiler)
+    seen = read_events(profiler)
+    hold_against(evidence, seen)
+    counts = Counter(name for name, _ in seen.operators if any(re.search(p, name) for p in evidence.required))
+    counts.update(seen.kernels)
+    return Attestation(dict(counts), peak)
+
+
+def read_events(profiler: profile) -> Seen:
+    """Operators and kernels of a finished profile, user annotations left out."""
+    operators, kernels = [], []
+    for event in sorted(profiler.events() or [], key=lambda event: event.time_range.start):
+        if event.is_user_annotation:
+            continue
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            kernels.append(event.name)
+        elif event.device_type == torch.autograd.DeviceType.CPU:
+            operators.append((event.name, event.input_shapes or []))
+    return Seen(operators, kernels)
+
+
+def hold_against(evidence: Evidence, seen: Seen) -> None:
+    """Raise FellBack unless every required pattern was seen as often as declared and no forbidden one was."""
+    names = [name for name, _ in seen.operators] + seen.kernels
+    for pattern, expected in evidence.required.items():
+        count = sum(1 for name in names if re.search(pattern, name))
+        if count == 0 or (expected and count != expected):
+            want = f"{expected} launches" if expected else "at least one launch"
+            raise FellBack(f"declared {want} of {pattern!r}, saw {count}; saw {summary(names)}")
+    for pattern in evidence.forbidden:
+        found = sorted({name for name in names if re.search(pattern, name)})
+        if found:
+            count = sum(1 for name in names if re.search(pattern, name))
+            raise FellBack(f"declared that {pattern!r} never runs, saw {count} of {found}")
+    for pattern, calls in evidence.shapes.items():
+        shapes = [shapes for name, shapes in seen.operators if re.search(pattern, name)]
+        _hold_shapes(pattern, calls, shapes)
+
+
+def _hold_shapes(
+    pattern: str, calls: tuple[tuple[int, tuple[int | None, ...]], ...], shapes: list[list[list[int]]]
+) -> None:
+    for number, (place, declared) in enumerate(calls):
+        got = shapes[number][place] if number < len(shapes) and place < len(shapes[number]) else None
+        if got is None or len(got) != len(declared) or any(
+            want is not None and want != have for want, have in zip(declared, got, strict=True)
+        ):
+            raise FellBack(f"call {number} of {pattern!r}: declared input {place} of shape {declared}, saw {got}")
+
+
+def summary(names: list[str]) -> str:
+    """The most frequent names, for a message."""
+    common = Counter(name for name in names if "::" in name or "kernel" in name).most_common(6)
+    return ", ".join(f"{name} x{count}" for name, count in common) or "nothing"
+
+
+def allocator_peak(profiler: profile) -> int:
+    """Most bytes that torch's CPU allocator held for the profiled call above what it held at its start."""
+    result = profiler.profiler.kineto_results if profiler.profiler else None
+    held = peak = 0
+    for event in sorted(result.events() if result else [], key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak

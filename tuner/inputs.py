@@ -1,0 +1,128 @@
+"""Inputs of a trial: query, key, value and a selection of a stated pattern, from a seed. Worker side.
+
+``scored``: the module's own scoring on correlated inputs. ``smooth``: neighbouring rows agree. ``random``: they do not.
+Every row holds block 0, its own block and the one before, as the scoring forces them.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import torch
+from torch import Tensor
+
+from nsa.problem import TORCH_DTYPES, SelectionProblem
+from nsa.scoring import choose_blocks
+from nsa.selection import Selection
+
+KERNEL_SIZE, KERNEL_STRIDE = 32, 16
+CORRELATION = 0.97
+"""Of neighbouring tokens' queries under ``scored``; gives a mean union of 4 rows of 0.35 to 0.55 of 4*topk at 16k."""
+
+SMOOTH_SPAN = 64
+"""Query tokens that share their random blocks under ``smooth``."""
+
+CHUNK_SCORES = 2**24
+
+
+class Inputs(msgspec.Struct, frozen=True):
+    """Tensors of one call, shapes as in nsa.problem; ``union`` is Selection.overlap(), None in decode."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    selection: Selection
+    union: float | None
+
+    def at(self, context: int) -> Inputs:
+        """The same call with the first ``context`` keys: the last query in decode, the first ones otherwise."""
+        whole = self.selection
+        queries = self.query.shape[1]
+        count = 1 if queries == 1 else context
+        blocks = whole.indices[:, :count].clamp_max((context - 1) // max(1, whole.block_size))
+        selection = Selection.from_blocks(blocks, block_size=whole.block_size, context_length=context)
+        key, value = self.key[:, :, :context], self.value[:, :, :context]
+        return Inputs(self.query[:, :count], key, value, selection, self.union)
+
+
+def make_inputs(problem: SelectionProblem, pattern: str, seed: int, device: torch.device) -> Inputs:
+    """Inputs of a problem. The same seed gives the same inputs on one device kind."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+    p, dtype = problem, TORCH_DTYPES[problem.dtype]
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device, dtype=torch.float32)
+
+    noise = normal(p.B, p.S, p.G, p.h, p.Dk)
+    query = walk(noise, CORRELATION) if pattern == "scored" else noise
+    key, value = normal(p.B, p.G, p.T, p.Dk), normal(p.B, p.G, p.T, p.Dv)
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if pattern == "scored":
+        blocks = scored_blocks(problem, query, key)
+    else:
+        blocks = drawn_blocks(problem, SMOOTH_SPAN if pattern == "smooth" else 1, generator, device)
+    selection = Selection.from_blocks(
+        blocks, block_size=p.block_size, context_length=p.T, overlap=p.overlap
+    )
+    return Inputs(query, key, value, selection, selection.overlap() if p.S >= 4 else None)
+
+
+def walk(noise: Tensor, correlation: float) -> Tensor:
+    """A stationary first-order random walk along dim 1 of ``noise``, neighbours correlated by ``correlation``.
+
+    Computed in blocks of 128 tokens by a triangular product, so that no Python loop runs over tokens.
+    """
+    span = 128
+    steps = torch.arange(span, device=noise.device)
+    lag = (steps[:, None] - steps[None, :]).clamp_min(0)
+    kernel = torch.tril(correlation**lag.float()) * (1 - correlation**2) ** 0.5
+    decay = correlation ** (steps + 1).float()
+    parts, state = [], noise[:, 0]
+    for first in range(0, noise.shape[1], span):
+        part = noise[:, first : first + span]
+        size = part.shape[1]
+        moved = torch.einsum("st,bt...->bs...", kernel[:size, :size], part)
+        moved = moved + torch.einsum("s,b...->bs...", decay[:size], state)
+        parts.append(moved)
+        state = moved[:, -1]
+    return torch.cat(parts, 1)
+
+
+def scored_blocks(problem: SelectionProblem, query: Tensor, key: Tensor) -> Tensor:
+    """Blocks (B, S, G, n) int32 by the module's scoring over mean-compressed keys."""
+    p = problem
+    compressed = key.unfold(2, KERNEL_SIZE, KERNEL_STRIDE).mean(-1) if p.T >= KERNEL_SIZE else key[:, :, :0]
+    positions = torch.arange(p.T - p.S, p.T, device=query.device)
+    return choose_blocks(
+        query,
+        compressed * (p.Dk**0.5),  # a mean of random keys is short; learned compression is not
+        positions=positions,
+        context_length=p.T,
+        kernel_size=KERNEL_SIZE,
+        kernel_stride=KERNEL_STRIDE,
+        block_size=p.block_size,
+        topk=p.topk,
+    )
+
+
+def drawn_blocks(problem: SelectionProblem, span: int, generator: torch.Generator, device: torch.device) -> Tensor:
+    """Distinct random eligible blocks (B, S, G, n) int32, drawn anew every ``span`` tokens; forced ones included."""
+    p = problem
+    count = -(-p.T // p.block_size)
+    slots = min(p.topk, count)
+    own = torch.arange(p.T - p.S, p.T, device=device) // p.block_size
+    parts = []
+    step = max(span, CHUNK_SCORES // (p.B * p.G * count) // span * span)
+    for first in range(0, p.S, step):
+        mine = own[first : first + step]
+        draws = -(-len(mine) // span)
+        score = torch.rand(p.B, draws, p.G, count, generator=generator, device=device)
+        score = score.repeat_interleave(span, 1)[:, : len(mine)]
+        block = torch.arange(count, device=device)
+        away = mine[:, None] - block
+        forced = (block == 0) | (away == 0) | (away == 1)
+        score = score.masked_fill(forced[None, :, None], 2.0).masked_fill((away < 0)[None, :, None], -1.0)
+        best = score.topk(slots, -1)
+        parts.append(torch.where(best.values >= 0, best.indices, -1).to(torch.int32))
+    blocks = torch.cat(parts, 1)
+    padding = blocks.new_full((*blocks.shape[:3], p.topk - slots), -1)
+    return torch.cat((blocks, padding), -1)

@@ -1,0 +1,153 @@
+"""SweepDefinition: what to measure, read strictly from sweeps/*.toml, with axes overridden by ``--set``.
+
+It expands to families (everything but the context) of problems. It holds data only; ``tuner.search`` walks it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from nsa.errors import ArgumentError
+from nsa.problem import CacheState, DType, Execution, Mode, SelectionProblem
+from nsa.trace import ParameterValue
+
+Pattern = Literal["scored", "smooth", "random"]
+OVERLAP_OF: dict[str, Literal["low", "high"]] = {"scored": "high", "smooth": "high", "random": "low"}
+
+SWEEPS = Path(__file__).parent / "sweeps"
+"""A symlink in a checkout, a folder in a wheel."""
+
+SHAPE_AXES = ("heads", "kv_heads", "head_dim", "value_head_dim")
+
+
+class SweepError(ValueError):
+    """A sweep file or override that cannot be read. Says what, got, expected."""
+
+
+class Axes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Values to cross. The shape axes (heads, kv_heads, head_dim, value_head_dim) go together, element by element;
+    one of length 1 serves all. ``value_head_dim`` [0] means the same as head_dim."""
+
+    modes: tuple[Mode, ...]
+    contexts: tuple[int, ...]
+    batch: tuple[int, ...] = (1,)
+    heads: tuple[int, ...] = (8,)
+    kv_heads: tuple[int, ...] = (2,)
+    head_dim: tuple[int, ...] = (32,)
+    value_head_dim: tuple[int, ...] = (0,)
+    block_size: tuple[int, ...] = (64,)
+    topk: tuple[int, ...] = (16,)
+    dtype: tuple[DType, ...] = ("float32",)
+    execution: tuple[Execution, ...] = ("eager",)
+    cache: tuple[CacheState | Literal["deployed"], ...] = ("deployed",)
+    pattern: tuple[Pattern, ...] = ("scored",)
+
+
+class SweepDefinition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A sweep. ``budget_s``: wall-clock seconds to aim at. ``ladders``: path -> parameter -> values instead of the
+    path's own ladder. ``kind``: "paths" measures candidates, "reserve" call sequences per reserve."""
+
+    name: str
+    description: str
+    axes: Axes
+    kind: Literal["paths", "reserve"] = "paths"
+    paths: tuple[str, ...] = ("dense", "gather", "packed", "varlen", "flex")
+    ladders: dict[str, dict[str, tuple[ParameterValue, ...]]] = {}
+    budget_s: float = 600.0
+    memory_limit_bytes: int = 0
+    seed: int = 0
+
+
+class Family(msgspec.Struct, frozen=True, kw_only=True):
+    """Problems that differ in context only, and the pattern their selections are made by."""
+
+    name: str
+    pattern: Pattern
+    problems: tuple[SelectionProblem, ...]
+
+
+def read_sweep(name_or_file: str, overrides: Sequence[str] = ()) -> SweepDefinition:
+    """A named sweep of this project or a TOML file, with ``AXIS=VALUE[,VALUE...]`` overrides. Raises SweepError."""
+    path = Path(name_or_file) if name_or_file.endswith(".toml") else _packaged(name_or_file)
+    try:
+        raw = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise SweepError(f"cannot read sweep {path}: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise SweepError(f"{path}: not TOML: {error}") from error
+    for override in overrides:
+        _override(raw, override)
+    try:
+        return msgspec.convert(raw, SweepDefinition)
+    except msgspec.ValidationError as error:
+        raise SweepError(f"{path}: {error}; a sweep has {', '.join(SweepDefinition.__struct_fields__)}") from error
+
+
+def sweep_names() -> list[str]:
+    """Names that ``nsa-tune sweep`` takes."""
+    return sorted(path.stem for path in SWEEPS.glob("*.toml"))
+
+
+def _packaged(name: str) -> Path:
+    path = SWEEPS / f"{name}.toml"
+    if not path.is_file():
+        raise SweepError(f"no sweep named {name!r}; expected one of {sweep_names()} or a .toml file")
+    return path
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    axis, sign, text = override.partition("=")
+    axes = raw.setdefault("axes", {})
+    if not sign or axis not in Axes.__struct_fields__:
+        raise SweepError(f"--set {override!r}: expected AXIS=VALUE[,VALUE...] with AXIS of {list(Axes.__struct_fields__)}")
+    values = [value.strip() for value in text.split(",") if value.strip()]
+    axes[axis] = [int(value) if value.lstrip("-").isdigit() else value for value in values]
+
+
+def families(sweep: SweepDefinition, device_kind: str) -> list[Family]:
+    """The problems of a sweep for a device kind ("cpu", "cuda"), by family, contexts ascending. Raises SweepError."""
+    axes = sweep.axes
+    found = []
+    for shape, mode, batch, size, topk, dtype, execution, cache, pattern in itertools.product(
+        _shapes(axes), axes.modes, axes.batch, axes.block_size, axes.topk, axes.dtype, axes.execution, axes.cache,
+        axes.pattern,
+    ):  # fmt: skip
+        heads, groups, key_dim, value_dim = shape
+        state: CacheState = ("cold" if device_kind == "cuda" else "hot") if cache == "deployed" else cache
+        fixed = {
+            "mode": mode, "dtype": dtype, "B": batch, "G": groups, "h": heads // groups, "Dk": key_dim,
+            "Dv": value_dim or key_dim, "block_size": size, "topk": topk, "overlap": OVERLAP_OF[pattern],
+            "execution": execution, "cache": state,
+        }  # fmt: skip
+        name = (
+            f"{mode} B{batch} {heads}/{groups} D{key_dim}" + (f",{value_dim}" if value_dim else "")
+            + f" {dtype} {execution} {state} {pattern}"
+        )  # fmt: skip
+        try:
+            problems = tuple(
+                SelectionProblem(S=1 if mode == "decode" else context, T=context, **fixed)
+                for context in sorted(axes.contexts)
+            )
+        except ArgumentError as error:
+            raise SweepError(f"sweep {sweep.name!r}: {error}") from error
+        found.append(Family(name=name, pattern=pattern, problems=problems))
+    return found
+
+
+def _shapes(axes: Axes) -> list[tuple[int, int, int, int]]:
+    columns = [getattr(axes, name) for name in SHAPE_AXES]
+    length = max(map(len, columns))
+    for name, column in zip(SHAPE_AXES, columns, strict=True):
+        if len(column) not in (1, length):
+            raise SweepError(f"axis {name} has {len(column)} values, expected 1 or {length} as the longest shape axis")
+    shapes = [tuple(column[index % len(column)] for column in columns) for index in range(length)]
+    for heads, groups, *_ in shapes:
+        if groups < 1 or heads % groups:
+            raise SweepError(f"heads {heads} is not a multiple of kv_heads {groups}")
+    return shapes  # type: ignore[return-value]
