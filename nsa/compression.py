@@ -47,7 +47,8 @@ class MeanCompressor(nn.Module):
 class MLPCompressor(nn.Module):
     """Learnable: each block's tokens plus their in-block position encodings, flattened, through one hidden layer.
 
-    Shared between groups. ``position`` (kernel_size, D); ``hidden`` kernel_size * D -> 2 D; ``output`` 2 D -> D.
+    Shared between groups. ``position`` (kernel_size, D); ``hidden`` kernel_size * D -> 2 D; ``output`` 2 D -> D,
+    without bias: one added to every key would change no softmax.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class MLPCompressor(nn.Module):
         self.kernel_size, self.kernel_stride = kernel_size, kernel_stride
         self.position = nn.Parameter(torch.empty(kernel_size, width, device=device, dtype=dtype))
         self.hidden = nn.Linear(kernel_size * width, 2 * width, device=device, dtype=dtype)
-        self.output = nn.Linear(2 * width, width, device=device, dtype=dtype)
+        self.output = nn.Linear(2 * width, width, bias=False, device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

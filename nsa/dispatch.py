@@ -223,9 +223,7 @@ def _chain(problem: SelectionProblem, device: torch.device, choice: Choice, stri
             steps = (*steps, f"{candidate.path}: unsupported: {reason}")
             continue
         status, why = (choice.status, choice.reason) if candidate is first else ("default", "; ".join(steps))
-        attempts.append(
-            Attempt(candidate=candidate, function=known.function(), status=status, reason=why, steps=steps)
-        )
+        attempts.append(Attempt(candidate=candidate, function=known.function(), status=status, reason=why, steps=steps))
     if not attempts:
         raise UnsupportedPathError("; ".join(steps))
     return tuple(attempts)

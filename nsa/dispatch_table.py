@@ -77,11 +77,11 @@ class DispatchEntry(SelectionProblem, frozen=True, kw_only=True, forbid_unknown_
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for candidate in (self, *self.tied):
-            path = PATHS.get(candidate.path)
+        for name in (self.path, *(candidate.path for candidate in self.tied)):
+            path = PATHS.get(name)
             if path is None or not path.dispatchable:
-                names = sorted(name for name, known in PATHS.items() if known.dispatchable)
-                raise DispatchTableError(f"unknown path {candidate.path!r}; this version has {names}")
+                names = sorted(known.name for known in PATHS.values() if known.dispatchable)
+                raise DispatchTableError(f"unknown path {name!r}; this version has {names}")
         unknown = set(self.parameters) - {
             parameter.name for kind in ("cpu", "cuda") for parameter in path_tunables(self.path, self.problem(), kind)
         }
@@ -114,7 +114,8 @@ class DispatchTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         state["choices"] = {}
         state["plans"] = {}
         state["stale"] = self.software.stale_against(software_identity()) if self.entries else ""
-        state["families"] = families = {}
+        families: dict[Any, dict[int, dict[int, tuple[int, DispatchEntry]]]] = {}
+        state["families"] = families
         for number, entry in enumerate(self.entries):
             contexts = families.setdefault(_family(entry), {}).setdefault(entry.B, {})
             if entry.T in contexts:
@@ -153,7 +154,8 @@ class DispatchTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         for batch in sorted(batch for batch in by_batch if batch >= problem.B):
             contexts = by_batch[batch]
             if problem.T in contexts:
-                return self._measured(*contexts[problem.T], batch == problem.B)
+                number, entry = contexts[problem.T]
+                return self._measured(number, entry, batch == problem.B)
             ordered = sorted(contexts)
             place = bisect_left(ordered, problem.T)
             if 0 < place < len(ordered):
@@ -231,9 +233,7 @@ def read_dispatch_table(path: Path) -> DispatchTable:
     try:
         return DispatchTable.decode(data)
     except DispatchTableError as error:
-        raise DispatchTableError(
-            f"{path}: {error}; make it again with 'nsa-tune sweep' or remove the file"
-        ) from error
+        raise DispatchTableError(f"{path}: {error}; make it again with 'nsa-tune sweep' or remove the file") from error
 
 
 def load_dispatch_table(source: str | Path | None = None, *, device: str | None = None) -> DispatchTable:

@@ -110,7 +110,7 @@ def gather(view: Tensor, index: Tensor, role: str, workspace: Workspace | None, 
 
 
 def padded_attention(query: Tensor, key: Tensor, value: Tensor, present: Tensor, scale: float) -> Tensor:
-    """SDPA of (r, 1, h, Dk) queries over padded keys (r, 1, w, Dk); ``present`` (r, w); rows without keys give zeros."""
+    """SDPA of (r, 1, h, Dk) queries over padded keys (r, 1, w, Dk); ``present`` (r, w); empty rows give zeros."""
     empty = ~present[:, :1]
     mask = torch.cat((torch.ones_like(empty), present[:, 1:]), 1)  # slot 0 is a real key or stands in for none
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None], scale=scale)

@@ -93,13 +93,14 @@ def block_scores(
     """
     wide = scoring_dtype(query.dtype)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    stacked = query.permute(0, 2, 3, 1, 4).to(wide)
-    logits = stacked.flatten(2, 3).mul(scale) @ compressed_key.to(wide).transpose(-1, -2)
-    logits = torch.unflatten(logits, 2, stacked.shape[2:4])
-    ends = torch.arange(compressed_key.shape[2], device=query.device) * kernel_stride + kernel_size
-    exists = ends <= positions[:, None, None, :, None] + 1
-    logits.masked_fill_(~exists, torch.finfo(wide).min)
-    probabilities = logits.softmax(-1).mul_(exists)  # a row without compressed tokens would be uniform
+    with torch.autocast(query.device.type, enabled=False):  # it would take the products in 16 bits
+        stacked = query.permute(0, 2, 3, 1, 4).to(wide)
+        logits = stacked.flatten(2, 3).mul(scale) @ compressed_key.to(wide).transpose(-1, -2)
+        logits = torch.unflatten(logits, 2, stacked.shape[2:4])
+        ends = torch.arange(compressed_key.shape[2], device=query.device) * kernel_stride + kernel_size
+        exists = ends <= positions[:, None, None, :, None] + 1
+        logits.masked_fill_(~exists, torch.finfo(wide).min)
+        probabilities = logits.softmax(-1).mul_(exists)  # a row without compressed tokens would be uniform
     return overlap_sum(probabilities.sum(2), blocks, kernel_size, kernel_stride, block_size).transpose(1, 2)
 
 

@@ -169,8 +169,10 @@ class Selection:
         calibration call, never in the hot path. Ranges count by their first key's 64-key block.
         Raises ArgumentError for fewer than 4 queries.
         """
-        blocks = self.indices if self.block_size else torch.where(
-            self.indices[..., 1] > self.indices[..., 0], self.indices[..., 0] // 64, -1
+        blocks = (
+            self.indices
+            if self.block_size
+            else torch.where(self.indices[..., 1] > self.indices[..., 0], self.indices[..., 0] // 64, -1)
         )
         batch, queries, groups, slots = blocks.shape
         if queries < 4:

@@ -59,8 +59,6 @@ def executed(operation: str, path: str, parameters: Mapping[str, ParameterValue]
         return
     status, reason = _why.get()
     _why.set(("direct", ""))
-    record = ExecutionRecord(
-        operation=operation, path=path, parameters=dict(parameters), status=status, reason=reason
-    )
+    record = ExecutionRecord(operation=operation, path=path, parameters=dict(parameters), status=status, reason=reason)
     for recorder in recorders:
         recorder.executed.append(record)

@@ -1,6 +1,7 @@
-"""Attest: did the candidate really execute? A profiler watches one call; the path's Evidence is held against it. Worker side.
+"""Attest: did the candidate really execute? A profiler watches one call, and the path's Evidence is held against it.
 
 Labels that Python code gives itself (``record_function``) are left out: own labels prove nothing.
+It runs in the worker.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import msgspec
 import torch
+from torch.autograd import DeviceType  # type: ignore[attr-defined]  # re-exported without __all__
 from torch.profiler import ProfilerActivity, profile
 
 from nsa.paths import Evidence
@@ -58,12 +60,13 @@ def attest(call: Callable[[], Any], evidence: Evidence, *, cuda: bool) -> Attest
 def read_events(profiler: profile) -> Seen:
     """Operators and kernels of a finished profile, user annotations left out."""
     operators, kernels = [], []
-    for event in sorted(profiler.events() or [], key=lambda event: event.time_range.start):
+    events = profiler.events() or []  # type: ignore[no-untyped-call]
+    for event in sorted(events, key=lambda event: event.time_range.start):
         if event.is_user_annotation:
             continue
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if event.device_type == DeviceType.CUDA:
             kernels.append(event.name)
-        elif event.device_type == torch.autograd.DeviceType.CPU:
+        elif event.device_type == DeviceType.CPU:
             operators.append((event.name, event.input_shapes or []))
     return Seen(operators, kernels)
 
@@ -91,8 +94,10 @@ def _hold_shapes(
 ) -> None:
     for number, (place, declared) in enumerate(calls):
         got = shapes[number][place] if number < len(shapes) and place < len(shapes[number]) else None
-        if got is None or len(got) != len(declared) or any(
-            want is not None and want != have for want, have in zip(declared, got, strict=True)
+        if (
+            got is None
+            or len(got) != len(declared)
+            or any(want is not None and want != have for want, have in zip(declared, got, strict=True))
         ):
             raise FellBack(f"call {number} of {pattern!r}: declared input {place} of shape {declared}, saw {got}")
 
@@ -109,6 +114,6 @@ def allocator_peak(profiler: profile) -> int:
     held = peak = 0
     for event in sorted(result.events() if result else [], key=lambda event: event.start_ns()):
         if event.name() == "[memory]":
-            held += event.nbytes()
+            held += event.nbytes()  # type: ignore[attr-defined]
             peak = max(peak, held)
     return peak

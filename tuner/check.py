@@ -1,4 +1,4 @@
-"""Check: does a candidate compute selection attention? Against the float64 oracle, before any clock is read. Worker side.
+"""Check: does a candidate compute selection attention? Against the float64 oracle, in the worker, before any clock.
 
 Poisoned outputs and workspace, two calls in a row, reserves above and below the need, a call sequence that must not
 grow twice, small inputs of every awkward kind, and gradients in ``train``. The bound is derived, never chosen.
@@ -29,7 +29,7 @@ Call = Callable[..., Tensor]
 
 
 class WrongResult(Exception):
-    """The candidate's result differs from the oracle, or it broke the workspace contract. Says where and by how much."""
+    """The result differs from the oracle, or the workspace contract was broken. Says where and by how much."""
 
 
 class Checked(msgspec.Struct, frozen=True):
@@ -42,8 +42,10 @@ class Checked(msgspec.Struct, frozen=True):
 class Checker:
     """The checks of one problem; oracles are computed once and serve every candidate."""
 
-    def __init__(self, problem: SelectionProblem, inputs: Inputs) -> None:
-        self.problem, self.inputs = problem, inputs
+    def __init__(
+        self, problem: SelectionProblem, inputs: Inputs, new_workspace: Callable[[], Workspace] = Workspace
+    ) -> None:
+        self.problem, self.inputs, self.new_workspace = problem, inputs, new_workspace
         self.scale = problem.Dk**-0.5
         self.oracle = Oracle(inputs, self.scale)
         self.awkward = [
@@ -64,7 +66,7 @@ class Checker:
                 scale=self.scale, workspace=workspace, **{**parameters, **changes},
             )  # fmt: skip
 
-        workspace = Workspace()
+        workspace = self.new_workspace()
         with torch.no_grad():
             with filled_with_nan():
                 error = self.oracle.compare(call(self.inputs, workspace), "first call, outputs poisoned")
@@ -123,11 +125,9 @@ class Oracle:
         self.dtype = inputs.value.dtype
 
     def compare(self, out: Tensor, where: str) -> float:
-        """The largest error. Raises WrongResult unless ``out`` has the shape and dtype, is finite and within the bound."""
+        """The largest error. Raises WrongResult for another shape or dtype, what is not finite, or beyond the bound."""
         if tuple(out.shape) != self.shape or out.dtype != self.dtype:
-            raise WrongResult(
-                f"{where}: output is {out.dtype} {tuple(out.shape)}, expected {self.dtype} {self.shape}"
-            )
+            raise WrongResult(f"{where}: output is {out.dtype} {tuple(out.shape)}, expected {self.dtype} {self.shape}")
         finite = out.isfinite()
         if not bool(finite.all()):
             bad = int((~finite).sum())

@@ -60,9 +60,7 @@ def make_inputs(problem: SelectionProblem, pattern: str, seed: int, device: torc
         blocks = scored_blocks(problem, query, key)
     else:
         blocks = drawn_blocks(problem, SMOOTH_SPAN if pattern == "smooth" else 1, generator, device)
-    selection = Selection.from_blocks(
-        blocks, block_size=p.block_size, context_length=p.T, overlap=p.overlap
-    )
+    selection = Selection.from_blocks(blocks, block_size=p.block_size, context_length=p.T, overlap=p.overlap)
     return Inputs(query, key, value, selection, selection.overlap() if p.S >= 4 else None)
 
 
@@ -74,7 +72,7 @@ def walk(noise: Tensor, correlation: float) -> Tensor:
     span = 128
     steps = torch.arange(span, device=noise.device)
     lag = (steps[:, None] - steps[None, :]).clamp_min(0)
-    kernel = torch.tril(correlation**lag.float()) * (1 - correlation**2) ** 0.5
+    kernel = torch.tril(correlation ** lag.float()) * (1 - correlation**2) ** 0.5
     decay = correlation ** (steps + 1).float()
     parts, state = [], noise[:, 0]
     for first in range(0, noise.shape[1], span):

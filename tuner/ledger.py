@@ -1,7 +1,7 @@
 """Ledger: Optuna proposes candidates of one family and keeps what was told of them.
 
-One Optuna trial is one candidate; its steps are contexts; its value is the mean log-ratio to the default path measured in
-the same rounds; peak bytes beyond the limit is a constraint. Small spaces are enumerated, larger ones go to TPE in
+One Optuna trial is one candidate; its steps are contexts; its value is the mean log-ratio to the default path measured
+in the same rounds; peak bytes beyond the limit is a constraint. Small spaces are enumerated, larger ones go to TPE in
 generations without duplicates. It measures nothing.
 """
 
@@ -16,6 +16,7 @@ from optuna.trial import Trial as OptunaTrial
 from optuna.trial import TrialState
 
 from nsa.paths import Candidate, Parameter
+from nsa.trace import ParameterValue
 
 ENUMERATE_AT_MOST = 96
 GENERATIONS, PER_GENERATION = 4, 16
@@ -46,8 +47,7 @@ class Ledger:
             direction="minimize",
             load_if_exists=True,
         )
-        self.size = sum(math.prod(len(item.ladder) for item in items) for items in space.values())
-        self.enumerated = self.size <= ENUMERATE_AT_MOST
+        self.enumerated = size_of(space) <= ENUMERATE_AT_MOST
         self.generations = 1 if self.enumerated else GENERATIONS
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             self.study.tell(trial.number, state=TrialState.FAIL)  # the process that ran it was killed
@@ -79,8 +79,7 @@ class Ledger:
 
     def close(self, proposal: Proposal, log_ratios: list[float], peak_over_limit: float, *, pruned: bool) -> None:
         """End a candidate's trial: its value, its constraint, or that it was pruned or never ran."""
-        if math.isfinite(peak_over_limit):
-            proposal.trial.set_constraint("peak_bytes", peak_over_limit)
+        proposal.trial.set_constraint("peak_bytes", peak_over_limit)
         if not log_ratios:
             self.study.tell(proposal.trial, state=TrialState.FAIL)
         elif pruned:
@@ -109,18 +108,25 @@ class Ledger:
     def _proposal(self) -> Proposal:
         trial = self.study.ask()
         path = trial.suggest_categorical("path", list(self.space))
-        chosen = {
-            item.name: trial.suggest_categorical(f"{path}.{item.name}", list(item.ladder)) for item in self.space[path]
-        }
+        chosen: dict[str, ParameterValue] = {}
+        for item in self.space[path]:
+            value = trial.suggest_categorical(f"{path}.{item.name}", list(item.ladder))
+            assert value is not None
+            chosen[item.name] = value
         candidate = Candidate(path=path, parameters=chosen)
         trial.set_user_attr("candidate", candidate.name)
         return Proposal(candidate, trial)
 
 
+def size_of(space: Space) -> int:
+    """Number of candidates in a space."""
+    return sum(math.prod(len(item.ladder) for item in items) for items in space.values())
+
+
 def candidates_of(path: str, items: tuple[Parameter, ...]) -> Iterator[Candidate]:
     """Every combination of a path's ladders, defaults first."""
 
-    def extend(index: int, chosen: dict[str, int | float | str | bool]) -> Iterator[Candidate]:
+    def extend(index: int, chosen: dict[str, ParameterValue]) -> Iterator[Candidate]:
         if index == len(items):
             yield Candidate(path=path, parameters=dict(chosen))
             return

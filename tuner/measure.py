@@ -52,29 +52,34 @@ class Stopwatch:
 
     def _cuda(self, call: Call, calls: int) -> float:
         if self.flush is None:
-            first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            first, last = timing_event(), timing_event()
             first.record()
             for _ in range(calls):
                 call()
             last.record()
             last.synchronize()
-            return first.elapsed_time(last) * 1e3 / calls
+            return float(first.elapsed_time(last)) * 1e3 / calls
         spans = []
         for _ in range(calls):
             self.flush.zero_()
-            first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            first, last = timing_event(), timing_event()
             first.record()
             call()
             last.record()
             spans.append((first, last))
         torch.cuda.synchronize()
-        return sum(first.elapsed_time(last) for first, last in spans) * 1e3 / calls
+        return float(sum(first.elapsed_time(last) for first, last in spans)) * 1e3 / calls
 
     def calls_for(self, call: Call, target_us: float) -> int:
         """Calls per sample so that one sample takes about ``target_us``; at least 1, at most 1000."""
         self.sample_us(call, 1)
         once = min(self.sample_us(call, 1) for _ in range(2))
         return max(1, min(1000, round(target_us / max(once, 0.1))))
+
+
+def timing_event() -> torch.cuda.Event:
+    """A CUDA event that keeps time."""
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 class Measured(msgspec.Struct, frozen=True):

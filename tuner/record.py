@@ -1,4 +1,4 @@
-"""What a run leaves behind: Record (a JSON line per candidate and problem) and Environment (beside it), and their files.
+"""What a run leaves behind: Record (a JSON line per candidate and problem), Environment beside it, and their files.
 
 Everything downstream (verdicts, tables, plots, reports) reads these and nothing else; no GPU and no torch from here on.
 Files are written to a temporary name, synced and renamed; lines are appended whole and synced.

@@ -105,7 +105,9 @@ def _override(raw: dict[str, Any], override: str) -> None:
     axis, sign, text = override.partition("=")
     axes = raw.setdefault("axes", {})
     if not sign or axis not in Axes.__struct_fields__:
-        raise SweepError(f"--set {override!r}: expected AXIS=VALUE[,VALUE...] with AXIS of {list(Axes.__struct_fields__)}")
+        raise SweepError(
+            f"--set {override!r}: expected AXIS=VALUE[,VALUE...] with AXIS of {list(Axes.__struct_fields__)}"
+        )
     values = [value.strip() for value in text.split(",") if value.strip()]
     axes[axis] = [int(value) if value.lstrip("-").isdigit() else value for value in values]
 
@@ -120,22 +122,21 @@ def families(sweep: SweepDefinition, device_kind: str) -> list[Family]:
     ):  # fmt: skip
         heads, groups, key_dim, value_dim = shape
         state: CacheState = ("cold" if device_kind == "cuda" else "hot") if cache == "deployed" else cache
-        fixed = {
-            "mode": mode, "dtype": dtype, "B": batch, "G": groups, "h": heads // groups, "Dk": key_dim,
-            "Dv": value_dim or key_dim, "block_size": size, "topk": topk, "overlap": OVERLAP_OF[pattern],
-            "execution": execution, "cache": state,
-        }  # fmt: skip
+        try:
+            problems = tuple(
+                SelectionProblem(
+                    mode=mode, dtype=dtype, B=batch, S=1 if mode == "decode" else context, T=context, G=groups,
+                    h=heads // groups, Dk=key_dim, Dv=value_dim or key_dim, block_size=size, topk=topk,
+                    overlap=OVERLAP_OF[pattern], execution=execution, cache=state,
+                )
+                for context in sorted(axes.contexts)
+            )  # fmt: skip
+        except ArgumentError as error:
+            raise SweepError(f"sweep {sweep.name!r}: {error}") from error
         name = (
             f"{mode} B{batch} {heads}/{groups} D{key_dim}" + (f",{value_dim}" if value_dim else "")
             + f" {dtype} {execution} {state} {pattern}"
         )  # fmt: skip
-        try:
-            problems = tuple(
-                SelectionProblem(S=1 if mode == "decode" else context, T=context, **fixed)
-                for context in sorted(axes.contexts)
-            )
-        except ArgumentError as error:
-            raise SweepError(f"sweep {sweep.name!r}: {error}") from error
         found.append(Family(name=name, pattern=pattern, problems=problems))
     return found
 
@@ -150,4 +151,4 @@ def _shapes(axes: Axes) -> list[tuple[int, int, int, int]]:
     for heads, groups, *_ in shapes:
         if groups < 1 or heads % groups:
             raise SweepError(f"heads {heads} is not a multiple of kv_heads {groups}")
-    return shapes  # type: ignore[return-value]
+    return shapes

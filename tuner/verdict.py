@@ -17,6 +17,7 @@ import numpy.typing as npt
 from tuner import stats
 
 Verdict = Literal["slower", "faster", "same", "undecided"]
+PICK_ALPHA = 0.01  # chance that one table entry names something no faster than the default
 LARGEST_LOG_E = 690.0  # e_value saturates at 1e299: JSON has no infinity
 
 
@@ -25,8 +26,8 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
 
     verdict: "slower" rejects ratio <= 1 + effect, "faster" ratio >= 1 / (1 + effect), "same" rejects both outsides.
     ratio: head / base, exp of the median log ratio; None without a pair.
-    ratio_low, ratio_high: the ratios that neither direction rejected at alpha / scenarios, so that verdict and interval
-        agree; 0.0 and None where a side is not bounded yet. Coverage is 1 - 2 alpha over all scenarios and looks.
+    ratio_low, ratio_high: ratios that neither direction rejected at alpha / scenarios, as the verdict does; 0.0 and None
+        where a side is not bounded yet. Coverage is 1 - 2 alpha over all scenarios and looks.
     e_value: largest evidence for the verdict at any look (undecided: of the verdict nearest to its threshold).
     pairs: rounds in which both sides have a time.
     reason: why undecided; None for any other verdict.

@@ -68,8 +68,8 @@ def classify(error: BaseException) -> tuple[Outcome, str]:
 class Bench:
     """What the worker holds for the current trial. Runs inside the worker process."""
 
-    def __init__(self, trial: Trial, about: Callable[[str], None]) -> None:
-        self.trial, self.about = trial, about
+    def __init__(self, trial: Trial, about: Callable[[str], None], memory_limit_bytes: int = 0) -> None:
+        self.trial, self.about, self.memory_limit_bytes = trial, about, memory_limit_bytes
         self.device = torch.device(trial.device)
         module, _, name = trial.registry.partition(":")
         self.paths: dict[str, SelectionPath] = getattr(importlib.import_module(module), name)
@@ -89,14 +89,12 @@ class Bench:
             return Assessment(outcome="unsupported", reason=reason)
         self.about(candidate.name)
         if self.checker is None:
-            self.checker = Checker(problem, self.inputs)
+            self.checker = Checker(problem, self.inputs, self._workspace)
         checked = self.checker.check(path, candidate.parameters, thorough=thorough)
         evidence = path.evidence(problem, self.device, candidate.parameters, self.lengths)
-        workspace = Workspace()
-        call = self._call(candidate, Workspace())
-        once = attest(
-            lambda: self._call(candidate, Workspace())(), evidence, cuda=self.device.type == "cuda"
-        )
+        workspace = self._workspace()
+        call = self._call(candidate, self._workspace())
+        once = attest(lambda: self._call(candidate, self._workspace())(), evidence, cuda=self.device.type == "cuda")
         self._call(candidate, workspace)()
         if problem.execution == "graph":
             call = captured(call)
@@ -117,6 +115,9 @@ class Bench:
             growths=report.growths,
             call_us=(time.perf_counter() - began) * 1e6,
         )
+
+    def _workspace(self) -> Workspace:
+        return Workspace(memory_limit_bytes=self.memory_limit_bytes or None)
 
     def _call(self, candidate: Candidate, workspace: Workspace) -> Callable[[], Any]:
         case, parameters = self.inputs, candidate.parameters
@@ -158,7 +159,7 @@ class Bench:
 
     def sequence(self, request: Sequence) -> SequenceResult:
         """Latency and growths of each call along a sequence of contexts, one workspace throughout."""
-        candidate, workspace = request.candidate, Workspace()
+        candidate, workspace = request.candidate, self._workspace()
         run = self.paths[candidate.path].function()
         cases = {context: self.inputs.at(context) for context in set(request.contexts)}
         watch = Stopwatch(self.device, cold=False)
@@ -181,7 +182,7 @@ class Bench:
 
 def captured(call: Callable[[], Any]) -> Callable[[], Any]:
     """The call as a CUDA graph's replay, captured after three warm-up calls on a side stream."""
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -222,7 +223,7 @@ def serve(connection: Connection, device: str, memory_limit_bytes: int, stderr: 
                 answer = self_test(device, argument, about)
             elif verb == "prepare":
                 bench = None
-                bench = Bench(argument, about)
+                bench = Bench(argument, about, memory_limit_bytes)
                 answer = bench.inputs.union
             else:
                 assert bench is not None, "prepare comes first"
@@ -282,7 +283,7 @@ class Worker:
         self.doing = "starting"
 
     def ask(self, verb: str, argument: Any = None, *, timeout_s: float) -> Any:
-        """Send a request and wait. Raises CandidateFailed for a failure inside, WorkerDied where the process is gone."""
+        """Send a request and wait. Raises CandidateFailed for a failure inside, WorkerDied for a process gone."""
         deadline = time.monotonic() + timeout_s
         try:
             self.connection.send((verb, argument))

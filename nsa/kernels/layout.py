@@ -20,6 +20,10 @@ from ..selection import Selection
 LOG2E = 1.4426950408889634
 LOWEST = tl.constexpr(-1.0e30)
 """Running maximum before any key: finite, so that exp2(-inf - LOWEST) is 0 and nothing is NaN."""
+NONE = tl.constexpr(2**31 - 1)
+"""An entry that is not there; above every entry that is."""
+CHUNK = 32
+"""Entries held together: one per lane of a warp."""
 
 
 @triton.jit
@@ -86,21 +90,43 @@ def load_rows(
 
 
 @triton.jit
-def first_entries(pointers, slots, limit, N: tl.constexpr, BS: tl.constexpr):
-    """One row's entries (NP,) and which of them count: valid, below the limit, and not seen at a lower slot."""
+def row_entries(pointers, slots, limit, N: tl.constexpr, BS: tl.constexpr):
+    """One row's slots: block where valid and below the limit, else -1."""
     entry = tl.load(pointers, mask=slots < N, other=-1)
-    valid = (entry >= 0) & (entry < tl.cdiv(limit, BS))
-    entry = tl.where(valid, entry, -1).to(tl.int32)
-    earlier = (entry[:, None] == entry[None, :]) & (slots[None, :] < slots[:, None])
-    return entry, valid & (tl.sum(earlier.to(tl.int32), 1) == 0)
+    return tl.where((entry >= 0) & (entry < tl.cdiv(limit, BS)), entry, -1).to(tl.int32)
 
 
 @triton.jit
-def compact(values, keep, slots):
-    """``values`` where ``keep``, moved to the front in order, and how many. Both (NP,)."""
-    place = tl.cumsum(keep.to(tl.int32), 0) - 1
-    hit = (slots[:, None] == place[None, :]) & keep[None, :]
-    return tl.sum(tl.where(hit, values[None, :], 0), 1), tl.sum(keep.to(tl.int32), 0)
+def first_entries(base, stride, slots, limit, N: tl.constexpr, NP: tl.constexpr, BS: tl.constexpr):
+    """A row's blocks at ``slots`` (any part of the row), NONE where invalid or seen at a lower slot."""
+    entry = row_entries(base + slots * stride, slots, limit, N, BS)
+    others = tl.arange(0, NP)
+    other = row_entries(base + others * stride, others, limit, N, BS)
+    earlier = (entry[:, None] == other[None, :]) & (others[None, :] < slots[:, None])
+    return tl.where((entry >= 0) & (tl.sum(earlier.to(tl.int32), 1) == 0), entry, NONE)
+
+
+@triton.jit
+def count_entries(e0, e1, e2, e3, CHUNKS: tl.constexpr):
+    """How many entries of up to four chunks are not NONE."""
+    count = tl.sum((e0 != NONE).to(tl.int32), 0)
+    if CHUNKS > 1:
+        count += tl.sum((e1 != NONE).to(tl.int32), 0)
+    if CHUNKS > 2:
+        count += tl.sum((e2 != NONE).to(tl.int32), 0) + tl.sum((e3 != NONE).to(tl.int32), 0)
+    return count
+
+
+@triton.jit
+def next_entry(e0, e1, e2, e3, last, CHUNKS: tl.constexpr):
+    """The smallest entry above ``last``. Chunks have at most 32 entries, so that the minimum stays inside a warp."""
+    entry = tl.min(tl.where(e0 > last, e0, NONE), 0)
+    if CHUNKS > 1:
+        entry = tl.minimum(entry, tl.min(tl.where(e1 > last, e1, NONE), 0))
+    if CHUNKS > 2:
+        entry = tl.minimum(entry, tl.min(tl.where(e2 > last, e2, NONE), 0))
+        entry = tl.minimum(entry, tl.min(tl.where(e3 > last, e3, NONE), 0))
+    return entry
 
 
 @triton.jit
@@ -117,9 +143,10 @@ def load_query(base, rows, offsets, mask, COLUMN: tl.constexpr, WIDTH: tl.conste
 def attend(
     q0,
     q1,
-    entries,
-    low,
-    high,
+    e0,
+    e1,
+    e2,
+    e3,
     member,
     limit,
     K0,
@@ -137,7 +164,7 @@ def attend(
     svt,
     M: tl.constexpr,
     TOKENS: tl.constexpr,
-    ENTRIES: tl.constexpr,
+    CHUNKS: tl.constexpr,
     DK: tl.constexpr,
     DK0: tl.constexpr,
     DK1: tl.constexpr,
@@ -146,7 +173,7 @@ def attend(
     BS: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
 ):
-    """Online softmax of M query rows over entries low .. high of a list held in registers.
+    """Online softmax of M query rows over the entries held in registers, in ascending order.
 
     An entry is ``block << TOKENS | bits`` where bit i says that token i of the tile chose the block; with TOKENS 0 it
     is the block and every row chose it. ``member`` (M,) is each row's token, ``limit`` (M,) or scalar its limit.
@@ -156,10 +183,11 @@ def attend(
     top = tl.full([M], LOWEST, tl.float32)
     total = tl.zeros([M], tl.float32)
     out = tl.zeros([M, DVP], tl.float32)
-    slots = tl.arange(0, ENTRIES)
     keys = tl.arange(0, BS)
-    for i in range(low, high):
-        entry = tl.sum(tl.where(slots == i, entries, 0), 0)
+    last = -1
+    for _ in range(count_entries(e0, e1, e2, e3, CHUNKS)):
+        entry = next_entry(e0, e1, e2, e3, last, CHUNKS)
+        last = entry
         first = (entry >> TOKENS) * BS
         k0 = load_rows(K0, b, g, first, length - first, skb, skg, skt, 0, DK, DK0, BS, DESCRIPTOR)
         score = tl.dot(q0, tl.trans(k0), input_precision="ieee")
@@ -187,7 +215,7 @@ def finish(out, top, total, scale2):
     some = total > 0
     divisor = tl.where(some, total, 1.0)
     logsum = tl.where(some, top * scale2 + tl.math.log2(divisor), float("inf"))
-    return out / divisor[:, None], logsum
+    return out * (1.0 / divisor)[:, None], logsum
 
 
 def power_of_two(size: int, least: int = 1) -> int:

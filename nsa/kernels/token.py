@@ -15,7 +15,6 @@ from ..trace import ParameterValue
 from .layout import (
     LOG2E,
     attend,
-    compact,
     context_length,
     finish,
     first_entries,
@@ -76,6 +75,8 @@ def nsa_token_forward(
 ):
     """Grid (B * S * G,). With GROUP_FIRST neighbours in the grid are groups of one token, else tokens of one group."""
     M: tl.constexpr = max(HP, 16)
+    CHUNKS: tl.constexpr = max(NP // 32, 1)
+    CHUNK_SIZE: tl.constexpr = min(NP, 32)
     pid = tl.program_id(0)
     if GROUP_FIRST:
         g = pid % G
@@ -84,32 +85,39 @@ def nsa_token_forward(
         s = pid % S
         g = (pid // S) % G
     b = pid // (S * G)
-    slots = tl.arange(0, NP)
+    slots = tl.arange(0, CHUNK_SIZE)
     heads = tl.arange(0, M)
     columns = tl.arange(0, DVP)
     length = key_count(LENGTH, b, T, TENSOR_LENGTH)
     limit = row_limit(POSITION, b, s, length, context_length(LENGTH, b, TENSOR_LENGTH), S, spb, sps)
-    rows = X + b.to(tl.int64) * sxb + s.to(tl.int64) * sxs + g * sxg
-    entry, first = first_entries(rows + slots * sxn, slots, limit, N, BS)
-    entries, count = compact(entry, first, slots)
+    row = X + b.to(tl.int64) * sxb + s.to(tl.int64) * sxs + g * sxg
+    e0 = first_entries(row, sxn, slots, limit, N, NP, BS)
+    e1 = e0
+    e2 = e0
+    e3 = e0
+    if CHUNKS > 1:
+        e1 = first_entries(row, sxn, slots + CHUNK_SIZE, limit, N, NP, BS)
+    if CHUNKS > 2:
+        e2 = first_entries(row, sxn, slots + 2 * CHUNK_SIZE, limit, N, NP, BS)
+        e3 = first_entries(row, sxn, slots + 3 * CHUNK_SIZE, limit, N, NP, BS)
     base = Q + b.to(tl.int64) * sqb + s.to(tl.int64) * sqs + g.to(tl.int64) * sqg
     q0 = load_query(base, heads, heads * sqh, heads < H, 0, DK, DK0)
     q1 = q0
     if DK1 > 0:
         q1 = load_query(base, heads, heads * sqh, heads < H, DK0, DK, DK1)
     out, top, total = attend(
-        q0, q1, entries, 0, count, heads, limit, K0, K1, V, b, g, length, scale2,
+        q0, q1, e0, e1, e2, e3, heads, limit, K0, K1, V, b, g, length, scale2,
         skb, skg, skt, svb, svg, svt,
-        M, 0, NP, DK, DK0, DK1, DV, DVP, BS, DESCRIPTOR,
+        M, 0, CHUNKS, DK, DK0, DK1, DV, DVP, BS, DESCRIPTOR,
     )  # fmt: skip
     out, logsum = finish(out, top, total, scale2)
-    row = ((b.to(tl.int64) * S + s) * G + g) * H
+    place = ((b.to(tl.int64) * S + s) * G + g) * H
     keep = (heads < H)[:, None]
     if DVP > DV:
         keep = keep & (columns < DV)[None, :]
-    tl.store(OUT + row * DV + heads[:, None] * DV + columns[None, :], out.to(OUT.dtype.element_ty), mask=keep)
+    tl.store(OUT + place * DV + heads[:, None] * DV + columns[None, :], out.to(OUT.dtype.element_ty), mask=keep)
     if LSE is not None:
-        tl.store(LSE + row + heads, logsum, mask=heads < H)
+        tl.store(LSE + place + heads, logsum, mask=heads < H)
 
 
 def forward(

@@ -16,12 +16,13 @@ from ..trace import ParameterValue
 from .layout import (
     LOG2E,
     attend,
-    compact,
+    NONE,
     context_length,
     finish,
     key_count,
     key_sources,
     load_query,
+    row_entries,
     row_limit,
     selection_arguments,
     shape_constants,
@@ -30,24 +31,28 @@ from .layout import (
 
 
 @triton.jit
-def union_entries(base, tile, sxs, sxn, limits, places, S, N: tl.constexpr, NP: tl.constexpr, BS: tl.constexpr,
-                  TOKENS: tl.constexpr):  # fmt: skip
-    """The tile's distinct blocks as ``block << TOKENS | bits``, moved to the front, and their number.
-
-    ``places`` (TOKENS * NP,) number the tile's slots, token by token; ``limits`` their tokens' limits.
-    """
+def union_entries(base, tile, sxs, sxn, places, POSITION, b, length, full, S, spb, sps, N: tl.constexpr,
+                  NP: tl.constexpr, BS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
+    """Of the tile's slots, numbered token by token, those at ``places``: ``block << TOKENS | bits``, each block where
+    it stands first, else NONE. Bit i of ``bits`` says that token i of the tile chose the block."""
     token = places // NP
-    slot = places % NP
-    s = tile * TOKENS + token
-    entry = tl.load(base + s.to(tl.int64) * sxs + slot * sxn, mask=(slot < N) & (s < S), other=-1)
-    valid = (entry >= 0) & (entry < tl.cdiv(limits, BS))
-    entry = tl.where(valid, entry, -1).to(tl.int32)
-    same = (entry[:, None] == entry[None, :]) & valid[:, None]
-    before = places[:, None] < places[None, :]
-    again = tl.sum((same & before & (token[:, None] == token[None, :])).to(tl.int32), 0) > 0
-    bits = tl.sum(tl.where(same & ~again[None, :], (1 << token)[None, :], 0), 1)
-    seen = tl.sum((same & before).to(tl.int32), 0) > 0
-    return compact((entry << TOKENS) | bits, valid & ~seen, places)
+    s = tl.minimum(tile * TOKENS + token, S - 1)
+    limit = row_limit(POSITION, b, s, length, full, S, spb, sps)
+    entry = row_entries(base + s.to(tl.int64) * sxs + (places % NP) * sxn, places % NP, limit, N, BS)
+    entry = tl.where(tile * TOKENS + token < S, entry, -1)
+    slots = tl.arange(0, NP)
+    bits = tl.zeros_like(entry)
+    seen = tl.zeros_like(entry)
+    for other in tl.static_range(TOKENS):
+        s = tile * TOKENS + other
+        limit = row_limit(POSITION, b, tl.minimum(s, S - 1), length, full, S, spb, sps)
+        row = row_entries(base + tl.minimum(s, S - 1).to(tl.int64) * sxs + slots * sxn, slots, limit, N, BS)
+        row = tl.where(s < S, row, -1)
+        same = entry[:, None] == row[None, :]
+        before = (other * NP + slots)[None, :] < places[:, None]
+        bits |= (tl.max(same.to(tl.int32), 1)) << other
+        seen |= tl.max((same & before).to(tl.int32), 1)
+    return tl.where((entry >= 0) & (seen == 0), (entry << TOKENS) | bits, NONE)
 
 
 @triton.jit(do_not_specialize=["LENGTH", "S", "T"])
@@ -97,6 +102,8 @@ def nsa_union_forward(
 ):
     """Grid (B * G * tiles,), tiles of TOKENS tokens, of one group beside each other, last (longest) tiles first."""
     M: tl.constexpr = TOKENS * HP
+    CHUNKS: tl.constexpr = max(TOKENS * NP // 32, 1)
+    CHUNK_SIZE: tl.constexpr = min(TOKENS * NP, 32)
     pid = tl.program_id(0)
     tiles = tl.cdiv(S, TOKENS)
     tile = tiles - 1 - pid % tiles
@@ -106,15 +113,24 @@ def nsa_union_forward(
     member = rows // HP
     head = rows % HP
     columns = tl.arange(0, DVP)
-    places = tl.arange(0, TOKENS * NP)
+    places = tl.arange(0, CHUNK_SIZE)
     length = key_count(LENGTH, b, T, TENSOR_LENGTH)
     full = context_length(LENGTH, b, TENSOR_LENGTH)
     s = tl.minimum(tile * TOKENS + member, S - 1)
     limit = row_limit(POSITION, b, s, length, full, S, spb, sps)
-    slot_token = tl.minimum(tile * TOKENS + places // NP, S - 1)
-    slot_limit = row_limit(POSITION, b, slot_token, length, full, S, spb, sps)
     base = X + b.to(tl.int64) * sxb + g.to(tl.int64) * sxg
-    entries, count = union_entries(base, tile, sxs, sxn, slot_limit, places, S, N, NP, BS, TOKENS)
+    e0 = union_entries(base, tile, sxs, sxn, places, POSITION, b, length, full, S, spb, sps, N, NP, BS, TOKENS)
+    e1 = e0
+    e2 = e0
+    e3 = e0
+    if CHUNKS > 1:
+        places += CHUNK_SIZE
+        e1 = union_entries(base, tile, sxs, sxn, places, POSITION, b, length, full, S, spb, sps, N, NP, BS, TOKENS)
+    if CHUNKS > 2:
+        places += CHUNK_SIZE
+        e2 = union_entries(base, tile, sxs, sxn, places, POSITION, b, length, full, S, spb, sps, N, NP, BS, TOKENS)
+        places += CHUNK_SIZE
+        e3 = union_entries(base, tile, sxs, sxn, places, POSITION, b, length, full, S, spb, sps, N, NP, BS, TOKENS)
     there = (tile * TOKENS + member < S) & (head < H)
     base = Q + b.to(tl.int64) * sqb + g.to(tl.int64) * sqg + (tile * TOKENS).to(tl.int64) * sqs
     q0 = load_query(base, rows, member * sqs + head * sqh, there, 0, DK, DK0)
@@ -122,9 +138,9 @@ def nsa_union_forward(
     if DK1 > 0:
         q1 = load_query(base, rows, member * sqs + head * sqh, there, DK0, DK, DK1)
     out, top, total = attend(
-        q0, q1, entries, 0, count, member, limit, K0, K1, V, b, g, length, scale2,
+        q0, q1, e0, e1, e2, e3, member, limit, K0, K1, V, b, g, length, scale2,
         skb, skg, skt, svb, svg, svt,
-        M, TOKENS, TOKENS * NP, DK, DK0, DK1, DV, DVP, BS, DESCRIPTOR,
+        M, TOKENS, CHUNKS, DK, DK0, DK1, DV, DVP, BS, DESCRIPTOR,
     )  # fmt: skip
     out, logsum = finish(out, top, total, scale2)
     row = ((b.to(tl.int64) * S + tile * TOKENS) * G + g) * H

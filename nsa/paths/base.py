@@ -112,9 +112,7 @@ class SelectionPath(msgspec.Struct, frozen=True, kw_only=True):
         """Every parameter at its default."""
         return {parameter.name: parameter.default for parameter in self.tunables(problem, device)}
 
-    def unsupported_reason(
-        self, problem: SelectionProblem, device: torch.device, parameters: Parameters
-    ) -> str | None:
+    def unsupported_reason(self, problem: SelectionProblem, device: torch.device, parameters: Parameters) -> str | None:
         """Why this path cannot run this problem with these parameters here; None if it can. Cheap, no side effects."""
         if problem.mode not in self.modes:
             return f"{self.name} has no {problem.mode} mode"
@@ -144,8 +142,10 @@ CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**31}
 """Gathered key and value bytes per chunk that the default aims at: about the last-level cache, or 2 GiB on a GPU."""
 
 
-def chunk_parameter(name: str, problem: SelectionProblem, device: torch.device, unit_bytes: int, units: int) -> Parameter:
-    """A ladder of how many units (rows, queries) are worked on at once; 0 = all. Default: as many as fit CHUNK_BYTES."""
+def chunk_parameter(
+    name: str, problem: SelectionProblem, device: torch.device, unit_bytes: int, units: int
+) -> Parameter:
+    """A ladder of how many units (rows, queries) go at once; 0 = all. Default: as many as fit CHUNK_BYTES."""
     ladder = [size for size in (64, 256, 1024, 4096, 16384, 65536) if size < units]
     fitting = [size for size in ladder if size * unit_bytes <= CHUNK_BYTES[device.type]]
     if units * unit_bytes <= CHUNK_BYTES[device.type]:

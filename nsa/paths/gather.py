@@ -79,4 +79,3 @@ def run(
     executed("selection", "gather", {"row_chunk": row_chunk})
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
     return out.view(batch, queries, groups, heads, -1)
-

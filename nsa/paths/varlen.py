@@ -1,8 +1,8 @@
 """Path ``varlen``: the keys of all rows packed flat with ``cu_seqlens``; K/V are not replicated per head.
 
 A row is one sequence: its h query heads are h query tokens of one head, all reading the row's keys, none masked.
-Backends: ``flash_attn`` (``flash_attn_varlen_func``), ``torch`` (``torch.nn.attention.varlen.varlen_attn``), ``segment``
-(segmented softmax in plain torch: any device, any dtype). Asked for one, it runs that one or raises.
+Backends: ``flash_attn`` (``flash_attn_varlen_func``), ``torch`` (``torch.nn.attention.varlen.varlen_attn``) and
+``segment`` (segmented softmax in plain torch: any device, any dtype). Asked for one, it runs that one or raises.
 """
 
 from __future__ import annotations
@@ -73,9 +73,7 @@ def evidence(
     chunks = list(row_chunks(problem.rows, int(parameters["row_chunk"])))
     others = tuple(pattern for name, pattern in KERNELS.items() if name != backend)
     bound = device.type == "cuda" and problem.form == "blocks"
-    totals = [
-        (end - first) * problem.row_width if bound else max(1, sum(lengths[first:end])) for first, end in chunks
-    ]
+    totals = [(end - first) * problem.row_width if bound else max(1, sum(lengths[first:end])) for first, end in chunks]
     gathered = tuple((2, (total,)) for total in totals for _ in ("key", "value"))
     return Evidence(
         required={KERNELS[backend]: len(chunks)},
@@ -102,7 +100,7 @@ def run(
     reserve_keys: ParameterValue = 0,
 ) -> Tensor:
     """Selection attention over flat packed keys. Shapes as in ``nsa.problem``."""
-    batch, queries, groups, heads, width = query.shape
+    batch, queries, groups, heads, _ = query.shape
     keys, longest = key.shape[2], row_width(selection, key.shape[2])
     ranges = flat_ranges(selection)
     key_view, key_base, key_step = key_rows(key, queries)

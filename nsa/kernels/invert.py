@@ -1,0 +1,250 @@
+"""From "which blocks did this row choose" to "which rows chose this block", by counting sort on the device.
+
+Rows of one (b, g) are cut into *spans* of tokens; a *unit* is one span of one (b, g). Each unit gets its pairs (row,
+slot) sorted by block, then token, and cut into *items* of at most ``item_tokens`` pairs of one block. Sizes follow from
+shapes alone, nothing is read on the host, and the order is the same in every run: a pair's rank is the number of set
+bits below its own in a bitmap of the tokens that chose the block, 512 tokens to a bitmap.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..selection import Selection
+from .layout import context_length, key_count, power_of_two, row_limit, selection_arguments
+
+BITMAP_TOKENS = 512
+"""Tokens of one bitmap; spans are multiples of it where there are more tokens."""
+
+
+class Lists(NamedTuple):
+    """Pairs by block. U units = B * G * spans; unit u is span u % spans of (b, g) = u // spans.
+
+    ``chosen`` (B*G, S) int64: bit i says that slot i counts. ``pairs`` (U, span_tokens * NP) int32: token * NP + slot.
+    ``items`` (U, item_slots, 3) int32: block, first and end pair. ``item_count`` (U,) int32. ``ranges`` (U, blocks, 2)
+    int32: each block's items. ``flags`` (2, U) int32 zeros, for the caller's own counting.
+    """
+
+    chosen: Tensor
+    pairs: Tensor
+    items: Tensor
+    item_count: Tensor
+    ranges: Tensor
+    flags: Tensor
+    spans: int
+    span_tokens: int
+    item_slots: int
+    blocks: int
+
+
+@triton.jit
+def count_bits(word):
+    """Set bits of each int32."""
+    x = word.to(tl.uint32, bitcast=True)
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["LENGTH", "S", "T", "blocks", "bitmaps"])
+def nsa_invert_mark(
+    X,
+    LENGTH,
+    POSITION,
+    CHOSEN,
+    BITS,
+    COUNTS,
+    S,
+    T,
+    G,
+    spb,
+    sps,
+    sxb,
+    sxs,
+    sxg,
+    sxn,
+    blocks,
+    bitmaps,
+    N: tl.constexpr,
+    NP: tl.constexpr,
+    BS: tl.constexpr,
+    TENSOR_LENGTH: tl.constexpr,
+    TILE: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """Grid (B * G * tiles,): sets CHOSEN, and per (b, g, bitmap, block) the tokens' bits and their number."""
+    pid = tl.program_id(0)
+    tiles = tl.cdiv(S, TILE)
+    tile = pid % tiles
+    bg = pid // tiles
+    g = bg % G
+    b = bg // G
+    slots = tl.arange(0, NP)
+    s = tile * TILE + tl.arange(0, TILE)
+    real = s < S
+    length = key_count(LENGTH, b, T, TENSOR_LENGTH)
+    full = context_length(LENGTH, b, TENSOR_LENGTH)
+    limit = row_limit(POSITION, b, tl.minimum(s, S - 1), length, full, S, spb, sps)
+    base = X + b.to(tl.int64) * sxb + g.to(tl.int64) * sxg
+    entry = tl.load(base + s.to(tl.int64)[:, None] * sxs + (slots * sxn)[None, :],
+                    mask=real[:, None] & (slots < N)[None, :], other=-1)  # fmt: skip
+    valid = (entry >= 0) & (entry < tl.cdiv(limit, BS)[:, None])
+    entry = tl.where(valid, entry, -1).to(tl.int32)
+    same = (entry[:, :, None] == entry[:, None, :]) & (slots[None, :] < slots[:, None])[None, :, :]
+    first = valid & (tl.sum(same.to(tl.int32), 2) == 0)
+    flag = tl.full([1], 1, tl.int64) << slots.to(tl.int64)
+    chosen = tl.sum(tl.where(first, flag[None, :], 0), 1)
+    tl.store(CHOSEN + bg.to(tl.int64) * S + s, chosen, mask=real)
+    bitmap = bg.to(tl.int64) * bitmaps + (tile * TILE) // (WORDS * 32)
+    cell = bitmap * blocks + entry
+    word = (s % (WORDS * 32)) // 32
+    bit = tl.full([1], 1, tl.int32) << (s % 32)
+    tl.atomic_or(BITS + cell * WORDS + word[:, None], tl.broadcast_to(bit[:, None], TILE, NP), mask=first,
+                 sem="relaxed")  # fmt: skip
+    tl.atomic_add(COUNTS + cell, tl.full([TILE, NP], 1, tl.int32), mask=first, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["blocks", "bitmaps", "spans", "item_slots"])
+def nsa_invert_offsets(
+    COUNTS,
+    BASE,
+    ITEMS,
+    ITEM_COUNT,
+    RANGES,
+    blocks,
+    bitmaps,
+    spans,
+    item_slots,
+    SPAN_BITMAPS: tl.constexpr,
+    BITMAPS_PADDED: tl.constexpr,
+    BLOCK_TILE: tl.constexpr,
+    ITEM_TOKENS: tl.constexpr,
+):
+    """Grid (U,): where each (bitmap, block) begins among the unit's pairs, and the unit's items."""
+    unit = tl.program_id(0).to(tl.int64)
+    bg = unit // spans
+    bitmap = (unit % spans) * SPAN_BITMAPS + tl.arange(0, BITMAPS_PADDED)
+    real = (tl.arange(0, BITMAPS_PADDED) < SPAN_BITMAPS) & (bitmap < bitmaps)
+    pairs = 0
+    items = 0
+    for start in range(0, blocks, BLOCK_TILE):
+        block = start + tl.arange(0, BLOCK_TILE)
+        inside = block < blocks
+        cell = (bg * bitmaps + bitmap)[:, None] * blocks + block[None, :]
+        mask = real[:, None] & inside[None, :]
+        count = tl.load(COUNTS + cell, mask=mask, other=0)
+        total = tl.sum(count, 0)
+        low = pairs + tl.cumsum(total, 0) - total
+        tl.store(BASE + cell, low[None, :] + tl.cumsum(count, 0) - count, mask=mask)
+        parts = tl.cdiv(total, ITEM_TOKENS)
+        item = items + tl.cumsum(parts, 0) - parts
+        tl.store(RANGES + (unit * blocks + block) * 2, item, mask=inside)
+        tl.store(RANGES + (unit * blocks + block) * 2 + 1, item + parts, mask=inside)
+        for part in range(0, tl.max(parts, 0)):
+            where = ITEMS + (unit * item_slots + item + part) * 3
+            begin = low + part * ITEM_TOKENS
+            tl.store(where, block, mask=part < parts)
+            tl.store(where + 1, begin, mask=part < parts)
+            tl.store(where + 2, tl.minimum(begin + ITEM_TOKENS, low + total), mask=part < parts)
+        pairs += tl.sum(total, 0)
+        items += tl.sum(parts, 0)
+    tl.store(ITEM_COUNT + unit, items)
+
+
+@triton.jit(do_not_specialize=["S", "blocks", "bitmaps", "spans"])
+def nsa_invert_fill(
+    X,
+    CHOSEN,
+    BITS,
+    BASE,
+    PAIRS,
+    S,
+    G,
+    sxb,
+    sxs,
+    sxg,
+    sxn,
+    blocks,
+    bitmaps,
+    spans,
+    NP: tl.constexpr,
+    TILE: tl.constexpr,
+    WORDS: tl.constexpr,
+    SPAN_BITMAPS: tl.constexpr,
+):
+    """Grid (B * G * tiles,): writes every pair to its place."""
+    pid = tl.program_id(0)
+    tiles = tl.cdiv(S, TILE)
+    tile = pid % tiles
+    bg = (pid // tiles).to(tl.int64)
+    g = bg % G
+    b = bg // G
+    slots = tl.arange(0, NP)
+    s = tile * TILE + tl.arange(0, TILE)
+    chosen = tl.load(CHOSEN + bg * S + s, mask=s < S, other=0)
+    first = ((chosen[:, None] >> slots.to(tl.int64)[None, :]) & 1) == 1
+    base = X + b * sxb + g * sxg
+    entry = tl.load(base + s.to(tl.int64)[:, None] * sxs + (slots * sxn)[None, :], mask=first, other=0)
+    bitmap = (tile * TILE) // (WORDS * 32)
+    cell = (bg * bitmaps + bitmap) * blocks + entry
+    words = tl.arange(0, WORDS)
+    mine = (s % (WORDS * 32)) // 32
+    lower = (tl.full([1], 1, tl.int32) << (s % 32)) - 1
+    below = tl.where(words[None, :] < mine[:, None], -1, tl.where(words[None, :] == mine[:, None], lower[:, None], 0))
+    bits = tl.load(BITS + cell[:, :, None] * WORDS + words[None, None, :], mask=first[:, :, None], other=0)
+    rank = tl.sum(count_bits(bits & below[:, None, :]), 2)
+    place = tl.load(BASE + cell, mask=first, other=0) + rank
+    unit = bg * spans + bitmap // SPAN_BITMAPS
+    pairs = PAIRS + unit * (SPAN_BITMAPS * WORDS * 32 * NP)
+    tl.store(pairs + place, s[:, None] * NP + slots[None, :], mask=first)
+
+
+def invert(selection: Selection, keys: int, *, span: int, item_tokens: int) -> Lists:
+    """Sort a selection's pairs by block. ``span`` tokens per unit, rounded up to whole bitmaps; 0 = all tokens."""
+    indices = selection.blocks
+    batch, queries, groups, slots = indices.shape
+    device, padded = indices.device, power_of_two(slots)
+    blocks = triton.cdiv(keys, selection.block_size)
+    bitmap_tokens = min(BITMAP_TOKENS, power_of_two(queries, 32))
+    bitmaps = triton.cdiv(queries, bitmap_tokens)
+    span_bitmaps = min(bitmaps, triton.cdiv(span or queries, bitmap_tokens))
+    spans = triton.cdiv(bitmaps, span_bitmaps)
+    span_tokens = span_bitmaps * bitmap_tokens
+    units, cells = batch * groups * spans, batch * groups * bitmaps * blocks
+    item_slots = min(blocks, span_tokens * slots) + span_tokens * slots // item_tokens
+    words = bitmap_tokens // 32
+    zeros = torch.zeros(cells * (words + 1) + 2 * units, dtype=torch.int32, device=device)
+    bits, counts, flags = zeros.split((cells * words, cells, 2 * units))
+    fresh = torch.empty(
+        cells + units * (span_tokens * padded + 3 * item_slots + 1 + 2 * blocks), dtype=torch.int32, device=device
+    )
+    base, pairs, items, item_count, ranges = fresh.split(
+        (cells, units * span_tokens * padded, units * item_slots * 3, units, units * blocks * 2)
+    )
+    chosen = torch.empty(batch * groups * queries, dtype=torch.int64, device=device)
+    length, positions, *position_strides = selection_arguments(selection)
+    tile = max(1, min(bitmap_tokens, 512 // padded))
+    grid = (batch * groups * triton.cdiv(queries, tile),)
+    nsa_invert_mark[grid](
+        indices, length, positions, chosen, bits, counts, queries, keys, groups, *position_strides, *indices.stride(),
+        blocks, bitmaps, N=slots, NP=padded, BS=selection.block_size, TENSOR_LENGTH=isinstance(length, Tensor),
+        TILE=tile, WORDS=words, num_warps=4,
+    )  # fmt: skip
+    bitmaps_padded = power_of_two(span_bitmaps)
+    nsa_invert_offsets[(units,)](
+        counts, base, items, item_count, ranges, blocks, bitmaps, spans, item_slots,
+        SPAN_BITMAPS=span_bitmaps, BITMAPS_PADDED=bitmaps_padded,
+        BLOCK_TILE=min(power_of_two(blocks), max(16, min(1024, 8192 // bitmaps_padded))), ITEM_TOKENS=item_tokens,
+        num_warps=8,
+    )  # fmt: skip
+    nsa_invert_fill[grid](
+        indices, chosen, bits, base, pairs, queries, groups, *indices.stride(), blocks, bitmaps, spans,
+        NP=padded, TILE=tile, WORDS=words, SPAN_BITMAPS=span_bitmaps, num_warps=4,
+    )  # fmt: skip
+    return Lists(chosen, pairs, items, item_count, ranges, flags, spans, span_tokens, item_slots, blocks)

@@ -1,0 +1,139 @@
+"""The ``nsa-tune`` command line: where configuration enters. Results on stdout, progress and advice on stderr.
+
+Exit codes: 0 done, 1 failed, 2 usage, 3 regression, 4 undecided. Every command imports what it needs when it runs, so
+that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="nsa-tune",
+    help="Find the fastest correct selection path for this machine, prove it, and catch regressions.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+OutOption = Annotated[Path, typer.Option(help="Folder that receives records/ (and dispatch_tables/ with --export).")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+CommitOption = Annotated[str, typer.Option(help="Commit to record where no git repository is at hand.")]
+
+
+def version() -> str:
+    """The installed version; that of the checkout where nothing is installed."""
+    try:
+        return metadata.version("nsa-tune")
+    except metadata.PackageNotFoundError:
+        return "0.1.0 (not installed)"
+
+
+@app.callback(invoke_without_command=True)
+def main(show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Find the fastest correct selection path for this machine, prove it, and catch regressions."""
+    if show_version:
+        typer.echo(f"nsa-tune {version()}")
+        raise typer.Exit
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """Errors that a user can act on become one line and exit code 2 (what was asked) or 1 (what happened)."""
+    from nsa.errors import NSAError
+    from tuner.sweep import SweepError
+
+    try:
+        yield
+    except SweepError as error:
+        typer.echo(f"nsa-tune: {error}", err=True)
+        raise typer.Exit(2) from error
+    except (NSAError, OSError) as error:
+        typer.echo(f"nsa-tune: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+@app.command()
+def sweep(
+    name: Annotated[str, typer.Argument(help="A sweep of this project, or a .toml file.")] = "quick",
+    budget: Annotated[str | None, typer.Option(help="Time to aim at, such as 90s, 10m or 1h.")] = None,
+    effort: Annotated[
+        str, typer.Option(help="quick: the sweep's coarse ladders. full: whole ladders, slow builds.")
+    ] = "quick",
+    override: Annotated[
+        list[str] | None, typer.Option("--set", help="AXIS=VALUE[,VALUE...] instead of the file's.")
+    ] = None,
+    out: OutOption = Path("results"),
+    export: Annotated[bool, typer.Option(help="Write OUT/dispatch_tables/ too, to be committed.")] = False,
+    storage: Annotated[
+        str | None, typer.Option(help="Optuna storage URL instead of a journal beside the records.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option(help="Say what would be measured, and stop.")] = False,
+    device: DeviceOption = "auto",
+    commit: CommitOption = "",
+    registry: Annotated[str, typer.Option(help="module:NAME of the paths to measure.")] = "nsa.paths:PATHS",
+    json: JsonFlag = False,
+) -> None:
+    """Check, attest and time every candidate, and write the dispatch table that the runtime consults."""
+    from tuner import commands
+
+    with clear_errors():
+        options = commands.SweepOptions(
+            name=name, budget=budget, effort=effort, overrides=tuple(override or ()), out=out, export=export,
+            storage=storage, device=device, commit=commit or current_commit(), registry=registry, json=json,
+        )  # fmt: skip
+        (commands.plan if dry_run else commands.sweep)(options)
+
+
+@app.command()
+def show(
+    table: Annotated[Path | None, typer.Argument(help="A dispatch table; by default the one in force here.")] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Show a dispatch table: what it picks, why, and how sure it is."""
+    from tuner import commands
+
+    with clear_errors():
+        commands.show(table, json=json)
+
+
+@app.command()
+def doctor(json: JsonFlag = False) -> None:
+    """Show the device, versions, each path (available, or why not), and which table is in force."""
+    from tuner import commands
+
+    with clear_errors():
+        commands.doctor(json=json)
+
+
+@app.command()
+def plot(
+    run: Annotated[Path | None, typer.Argument(help="A run's folder; by default the newest below OUT/records.")] = None,
+    out: OutOption = Path("results"),
+    to: Annotated[Path | None, typer.Option(help="Folder for the figures; by default beside the records.")] = None,
+) -> None:
+    """Draw a run's figures: latency, winners, reserves, evidence."""
+    from tuner import commands
+
+    with clear_errors():
+        commands.plot(run, out, to)
+
+
+def current_commit() -> str:
+    """HEAD of the repository this is run in, ``-dirty`` where the working tree differs; 'unknown' outside one."""
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--", "nsa", "tuner", "sweeps"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{head}-dirty" if changed else head

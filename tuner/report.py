@@ -1,0 +1,186 @@
+"""Report: what a person reads. Live progress with a leaderboard, and the table with its evidence.
+
+Progress and advice go to stderr, results to stdout. It computes nothing that records,
+verdicts and tables do not say.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+import msgspec
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from nsa.dispatch_table import DispatchEntry, DispatchTable, default_candidate
+from tuner.record import Environment, Record
+from tuner.search import Listener
+
+LEADERS = 6
+FAILED = ("wrong", "fell_back", "oom", "crash", "hang", "compile_error")
+
+
+class LiveProgress(Listener):
+    """Draws a search on stderr: a bar with time left, the leaderboard of the problem at hand, failures as they come."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.what, self.done, self.seconds_left = "starting", 0.0, 0.0
+        self.board: dict[str, Record] = {}
+        self.title = ""
+        self.live = Live(console=console, get_renderable=self._draw, refresh_per_second=4, transient=True)
+        self.interactive = console.is_terminal
+
+    def __enter__(self) -> LiveProgress:
+        if self.interactive:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.interactive:
+            self.live.stop()
+
+    def started(self, environment: Environment, problems: int, resumed: int, word: str) -> None:
+        """Say what begins, or what is resumed and what was dropped."""
+        device = environment.device["name"]
+        self.console.print(f"{environment.sweep['name']}: {problems} problems on {device}, run {environment.run_id}")
+        reads = ", ".join(f"{k} reads {environment.timer[f'{k} reads']}" for k in ("1.00", "1.01", "1.04"))
+        self.console.print(f"timer self-test: {reads}")
+        if resumed:
+            self.console.print(f"resumed with {resumed} records{'; ' + word if word else ''}")
+
+    def working(self, what: str, done: float, seconds_left: float) -> None:
+        """Progress."""
+        self.what, self.done, self.seconds_left = what, done, seconds_left
+
+    def recorded(self, record: Record) -> None:
+        """A record: to the leaderboard, or to the screen if it failed."""
+        title = describe(record)
+        if title != self.title:
+            self.title, self.board = title, {}
+        if record.samples:
+            self.board[record.candidate] = record
+        if record.outcome in FAILED:
+            self.console.print(
+                f"[bold]{record.outcome}[/] {record.candidate} at {title}: {record.reason}", highlight=False
+            )
+        if not self.interactive and record.stage == "shootout":
+            self.console.print(f"{100 * self.done:3.0f} %  {title}: {record.candidate} {median_us(record):.1f} us")
+
+    def _draw(self) -> Group:
+        bar = ProgressBar(total=1.0, completed=self.done, width=40)
+        line = Text(
+            f"{100 * self.done:3.0f} %  about {self.seconds_left:.0f} s left  {self.what}",
+            overflow="ellipsis",
+            no_wrap=True,
+        )
+        return Group(leaderboard(self.title, list(self.board.values())), bar, line)
+
+
+def describe(record: Record) -> str:
+    """The problem of a record in a few words."""
+    return problem_line(record.problem) + f" {record.pattern}"
+
+
+def problem_line(problem: dict[str, int | float | str | bool]) -> str:
+    """Mode, sizes, dtype and execution of a problem."""
+    p = problem
+    heads = f"{int(p['G']) * int(p['h'])}/{p['G']}"
+    width = f"{p['Dk']}" if p["Dk"] == p["Dv"] else f"{p['Dk']},{p['Dv']}"
+    return f"{p['mode']} T={p['T']} B={p['B']} {heads} D{width} {p['dtype']} {p['execution']}"
+
+
+def median_us(record: Record) -> float:
+    """Median of a record's samples."""
+    return statistics.median(sample.us for sample in record.samples)
+
+
+def leaderboard(title: str, records: Sequence[Record]) -> Table:
+    """The fastest candidates of a problem so far."""
+    table = Table(title=title or None, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table.add_column("candidate")
+    table.add_column("median us", justify="right")
+    table.add_column("to default", justify="right")
+    table.add_column("peak MiB", justify="right")
+    base = next((median_us(record) for record in records if record.baseline), None)
+    for record in sorted(records, key=median_us)[:LEADERS]:
+        us = median_us(record)
+        table.add_row(
+            record.candidate + (" (default)" if record.baseline else ""), f"{us:.1f}",
+            f"{us / base:.2f}x" if base else "",
+            f"{(record.peak_bytes or 0) / 2**20:.1f}",
+        )  # fmt: skip
+    return table
+
+
+def outcome_table(records: Sequence[Record]) -> Table:
+    """Each path: how many candidates had which outcome, and why not."""
+    table = Table(title="What ran", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for column in ("path", "checked and attested", "not", "why not"):
+        table.add_column(column)
+    for path in dict.fromkeys(record.path for record in records):
+        mine = [record for record in records if record.path == path]
+        good = {(record.candidate, describe(record)) for record in mine if record.outcome == "ok"}
+        bad = {(r.outcome, r.reason) for r in mine if r.outcome != "ok"}
+        reasons = "; ".join(f"{outcome}: {reason}" for outcome, reason in sorted(bad))
+        table.add_row(path, f"{len(good)} on problems", str(len(bad)) if bad else "", reasons[:150])
+    return table
+
+
+def evidence_table(entries: Sequence[DispatchEntry], title: str, kind: str) -> Table:
+    """Each entry: the pick, how fast, by how much, how sure."""
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for column in (
+        "problem",
+        "the runtime takes",
+        "median us",
+        "time ratio [interval]",
+        "E-value",
+        "pairs",
+        "tied with",
+    ):
+        table.add_column(column, justify="right" if column in ("median us", "E-value", "pairs") else "left")
+    for entry in entries:
+        table.add_row(
+            problem_line(msgspec.to_builtins(entry.problem())),
+            candidate_name(entry.path, entry.parameters), f"{entry.median_us:.1f}", ratio_text(entry, kind),
+            "" if entry.e_value is None else f"{entry.e_value:.2g}", str(entry.pairs),
+            ", ".join(dict.fromkeys(tied.path for tied in entry.tied)),
+        )  # fmt: skip
+    return table
+
+
+def candidate_name(path: str, parameters: dict[str, int | float | str | bool]) -> str:
+    """``path(parameter=value, ...)``."""
+    inner = ", ".join(f"{name}={value}" for name, value in parameters.items())
+    return f"{path}({inner})" if inner else path
+
+
+def ratio_text(entry: DispatchEntry, kind: str) -> str:
+    """The entry's ratio in words: to the default, or to the runner-up where the default stays."""
+    if entry.ratio is None:
+        return "nothing to compare with"
+    high = "?" if entry.ratio_high is None else f"{entry.ratio_high:.3f}"
+    low = "0" if entry.ratio_low is None else f"{entry.ratio_low:.3f}"
+    return f"{entry.ratio:.3f} [{low}, {high}] of {compared_with(entry, kind)}"
+
+
+def compared_with(entry: DispatchEntry, kind: str) -> str:
+    """What the ratio is to."""
+    default = default_candidate(entry.problem(), kind)
+    won = (entry.path, entry.parameters) == (default.path, default.parameters)
+    return f"runner-up {entry.runner_up.path}" if won and entry.runner_up else f"default {default.path}"
+
+
+def table_summary(table: DispatchTable) -> str:
+    """Device, software, and whether the table is stale here."""
+    software = table.software
+    stale = table.__dict__["stale"]
+    versions = f"torch {software.torch}" + (f", triton {software.triton}" if software.triton else "")
+    return f"{len(table.entries)} entries for {table.device.name}, made with {versions}" + (
+        f"; STALE here: {stale}" if stale else "; current"
+    )

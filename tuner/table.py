@@ -1,0 +1,105 @@
+"""Table: from shoot-out records to dispatch entries with their evidence, and to the file that the runtime reads.
+
+Only samples of the shoot-out stage count. It measures nothing and needs no GPU; run again on the same records it gives
+the same table.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+
+from nsa.device import DeviceIdentity, SoftwareIdentity
+from nsa.dispatch_table import DispatchEntry, DispatchTable, read_dispatch_table
+from nsa.errors import DispatchTableError
+from nsa.paths import Candidate
+from nsa.problem import SelectionProblem
+from tuner import verdict
+from tuner.record import Record, RunFolder, by_problem, write_whole
+from tuner.rounds import aligned_records
+
+PATTERN_RANK = ("scored", "smooth", "random")
+"""Where two patterns pose the same dispatch problem, the one nearest to real use gives the entry."""
+
+
+def entries_of(records: Iterable[Record]) -> list[DispatchEntry]:
+    """One entry per measured problem, in order of measurement. Problems without a finished shoot-out have none."""
+    found: dict[SelectionProblem, DispatchEntry] = {}
+    shootouts = [record for record in records if record.stage == "shootout"]
+    for group in by_problem(shootouts).values():
+        entry = entry_of([record for record in group if record.outcome == "ok"])
+        if entry is None:
+            continue
+        before = found.get(entry.problem())
+        if before is None or PATTERN_RANK.index(entry.pattern) <= PATTERN_RANK.index(before.pattern):
+            found[entry.problem()] = entry
+    return list(found.values())
+
+
+def entry_of(records: list[Record]) -> DispatchEntry | None:
+    """The pick of one problem's shoot-out, by ``verdict.pick``; None where the default was not measured."""
+    by_name = {record.candidate: record for record in records if record.samples}
+    default = next((name for name, record in by_name.items() if record.baseline), None)
+    if default is None:
+        return None
+    samples = aligned_records(list(by_name.values()))
+    peaks = {name: record.peak_bytes or 0 for name, record in by_name.items()}
+    chosen = verdict.pick(default, samples, peaks, verdict.PICK_ALPHA)
+    winner = by_name[chosen.winner]
+
+    def candidate(name: str) -> Candidate:
+        return Candidate(path=by_name[name].path, parameters=by_name[name].parameters)
+
+    problem = msgspec.convert(winner.problem, SelectionProblem)
+    return DispatchEntry(
+        **{name: getattr(problem, name) for name in SelectionProblem.__struct_fields__},
+        path=winner.path,
+        parameters=winner.parameters,
+        pattern=winner.pattern,
+        pairs=chosen.pairs,
+        ratio=chosen.ratio,
+        ratio_low=chosen.ratio_low if chosen.pairs else None,
+        ratio_high=chosen.ratio_high,
+        e_value=chosen.e_value if chosen.pairs else None,
+        tied=tuple(candidate(name) for name in chosen.tied),
+        runner_up=candidate(chosen.runner_up) if chosen.runner_up else None,
+        median_us=statistics.median(sample.us for sample in winner.samples),
+        peak_bytes=peaks[chosen.winner],
+        oracle_error=winner.oracle_error or 0.0,
+        oracle_bound=winner.oracle_bound or 0.0,
+        kernels=tuple(sorted(winner.kernels)),
+        run_id=winner.run_id,
+        date=winner.date,
+    )
+
+
+def write_table(path: Path, folder: RunFolder, *, keep: bool) -> tuple[DispatchTable, str]:
+    """Write a run's entries to a table file; with ``keep``, next to the file's entries for other problems.
+
+    Returns the table and a word on what was left out. Entries made by other software are not kept: their evidence does
+    not hold here. Raises DispatchTableError for an unreadable file, which is left as it was.
+    """
+    environment, (records, _) = folder.environment(), folder.records()
+    device = msgspec.convert(environment.device, DeviceIdentity)
+    software = msgspec.convert(environment.software, SoftwareIdentity)
+    fresh = entries_of(records)
+    kept, word = kept_entries(path, device, software, fresh) if keep and path.exists() else ([], "")
+    table = DispatchTable(device=device, software=software, entries=(*kept, *fresh))
+    write_whole(path, table.encode())
+    return table, word
+
+
+def kept_entries(
+    path: Path, device: DeviceIdentity, software: SoftwareIdentity, fresh: list[DispatchEntry]
+) -> tuple[list[DispatchEntry], str]:
+    """Entries of an existing table for problems that were not measured now, and a word on what was left out."""
+    old = read_dispatch_table(path)
+    if old.device.slug != device.slug:
+        raise DispatchTableError(f"{path} is for {old.device.slug}, this run was made on {device.slug}")
+    if stale := old.software.stale_against(software):
+        return [], f"left out {len(old.entries)} entries of {path}: {stale}; sweep them again"
+    measured = {entry.problem() for entry in fresh}
+    return [entry for entry in old.entries if entry.problem() not in measured], ""
