@@ -44,7 +44,7 @@ class SweepOptions(msgspec.Struct, frozen=True, kw_only=True):
 def sweep(options: SweepOptions) -> None:
     """Run a sweep, write the table, draw the figures, and say what the runtime will now do."""
     definition, device, paths = resolve(options)
-    errors, out = Console(stderr=True), Console()
+    errors, out = Console(stderr=True, soft_wrap=True), Console()
     with report.LiveProgress(errors) as listener:
         search = Search(
             definition, out=options.out, device=device, commit=options.commit,
@@ -118,7 +118,7 @@ def plan(options: SweepOptions) -> None:
     if options.json:
         emit({"sweep": definition.name, "device": device, "budget_s": definition.budget_s, "families": rows})
         return
-    out = Console()
+    out = Console(soft_wrap=True)
     out.print(
         f"{definition.name}: {definition.description}; {definition.budget_s:.0f} s on {device}, {effort.pairs} pairs"
     )
@@ -217,7 +217,7 @@ def doctor(*, json: bool) -> None:
     if json:
         emit(found)
         return
-    out = Console(highlight=False)
+    out = Console(highlight=False, soft_wrap=True)
     out.print(f"device   {identity.name} ({identity.slug}), {identity.units} {'threads' if kind == 'cpu' else 'SMs'}")
     versions = {k: v for k, v in msgspec.to_builtins(software).items() if v}
     out.print("software " + ", ".join(f"{name} {value}" for name, value in versions.items()))

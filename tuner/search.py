@@ -383,10 +383,12 @@ def space_of(
 
 
 def narrowed(item: Parameter, ladder: tuple[Value, ...] | None) -> Parameter:
-    """A parameter on a sweep's coarser ladder; its default stays where the ladder has it, else the ladder's first."""
-    if ladder is None:
-        return item
-    return Parameter(item.name, ladder, item.default if item.default in ladder else ladder[0])
+    """A parameter on the part of its ladder that the sweep names; its default stays where it can.
+
+    Values that the path does not offer for this problem (a chunk of more rows than there are) drop out.
+    """
+    kept = tuple(value for value in item.ladder if ladder is None or value in ladder) or (item.default,)
+    return Parameter(item.name, kept, item.default if item.default in kept else kept[0])
 
 
 def reserve_rungs(path: SelectionPath, problem: SelectionProblem, device: torch.device) -> list[Candidate]:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from tuner import stats
 
 Verdict = Literal["slower", "faster", "same", "undecided"]
-PICK_ALPHA = 0.01  # chance that one table entry names something no faster than the default
+PICK_ALPHA = 0.001  # chance that one table entry names something no faster than the default
 LARGEST_LOG_E = 690.0  # e_value saturates at 1e299: JSON has no infinity
 
 
@@ -26,7 +26,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
 
     verdict: "slower" rejects ratio <= 1 + effect, "faster" ratio >= 1 / (1 + effect), "same" rejects both outsides.
     ratio: head / base, exp of the median log ratio; None without a pair.
-    ratio_low, ratio_high: ratios that neither direction rejected at alpha / scenarios, as the verdict does; 0.0 and None
+    ratio_low, ratio_high: ratios that neither direction rejected at alpha / scenarios, as the verdict does; 0.0, None
         where a side is not bounded yet. Coverage is 1 - 2 alpha over all scenarios and looks.
     e_value: largest evidence for the verdict at any look (undecided: of the verdict nearest to its threshold).
     pairs: rounds in which both sides have a time.
@@ -178,9 +178,8 @@ def pick(default: str, samples: Mapping[str, npt.ArrayLike], peaks: Mapping[str,
 def settled(default: str, samples: Mapping[str, npt.ArrayLike], *, alpha: float, effect: float = 0.01) -> bool:
     """Whether the shoot-out can stop: nothing is tied with the best, or all that is tied is the same within `effect`.
 
-    Without an eligible candidate the best is the default, so this asks that everybody else is certified slower (or the
-    same). Looking after every round is free: the evidence holds at every look. Exact twins only settle through `effect`
-    (0.0 turns that off), which takes many pairs where noise is as large; the caller's budget ends those.
+    Without an eligible candidate the best is the default: then everybody else must be slower or the same. Looking after
+    every round is free. Exact twins settle only through `effect` (0.0: never); the caller's budget ends those.
     """
     best, _, tied = _standing(default, samples, alpha)
     threshold = stats.log_threshold(alpha=alpha, scenarios=max(len(samples) - 1, 1))

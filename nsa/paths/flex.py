@@ -19,6 +19,10 @@ from ..workspace import Workspace
 from .base import Evidence, Parameter, Parameters, need_blocks
 
 
+SHAPES = 256
+"""Distinct shapes that one process may compile before torch raises; its own limit is 8."""
+
+
 def tunables(problem: SelectionProblem, device: torch.device) -> tuple[Parameter, ...]:
     """``query_block``: rows of the block mask."""
     return (Parameter("query_block", (64, 128), 128),)
@@ -101,7 +105,13 @@ def run(
 
 @cache
 def compiled() -> Callable[..., Any]:
-    """flex_attention compiled once per process; torch recompiles it for new shapes."""
+    """flex_attention compiled once per process, and by torch once more for each new shape.
+
+    ``fullgraph`` makes torch raise where it would otherwise fall back to the eager form, as it does after
+    ``recompile_limit`` shapes. Shapes stay static: with dynamic ones torch 2.13 emits C++ that does not compile.
+    """
+    from torch import _dynamo
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    run = torch.compile(flex_attention, fullgraph=True, dynamic=False)
+    return _dynamo.config.patch(recompile_limit=SHAPES)(run)  # type: ignore[no-any-return]

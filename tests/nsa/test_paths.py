@@ -1,0 +1,162 @@
+"""Claims about every path: it equals the float64 oracle on any selection, forward and backward, within a derived bound."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import nsa
+from nsa.paths import PATHS, reference
+from nsa.selection import Selection
+from nsa.workspace import Workspace
+from tests.nsa.cases import keys_of, selections, tensors
+
+EAGER = ("dense", "gather", "packed", "varlen")
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def bound(selection, query, key, value, scale, dtype):
+    """Twice the error of the same formula in the working dtype, or 4*eps*max|v|; and the truth."""
+    truth = reference.run(query, key, value, selection, scale=scale)
+    eager = reference.run(query, key, value, selection, scale=scale, compute_dtype=str(dtype).removeprefix("torch."))
+    floor = 4 * torch.finfo(dtype).eps * float(value.abs().max())
+    return truth, max(2 * float((eager.double() - truth).abs().max()), floor)
+
+
+def test_the_oracle_is_the_formula_on_hand_computed_numbers():
+    query = torch.tensor([1.0, 0.0]).view(1, 1, 1, 1, 2)
+    key = torch.tensor([[0.0, 9.0], [1.0, 9.0], [5.0, 9.0]]).view(1, 1, 3, 2)
+    value = torch.tensor([[1.0], [3.0], [100.0]]).view(1, 1, 3, 1)
+    selection = Selection.from_ranges(torch.tensor([[[[[0, 1], [0, 2]]]]]), context_length=3)
+    e = torch.exp(torch.tensor(2.0, dtype=torch.float64))
+    assert reference.run(query, key, value, selection, scale=2.0).item() == pytest.approx((1 + 3 * e.item()) / (1 + e.item()))
+
+
+@settings(max_examples=60)
+@given(selections(), st.integers(1, 3))
+def test_the_oracle_equals_a_plain_python_softmax(case, heads):
+    selection, context = case
+    query, key, value = tensors(selection, context, heads, 4, 3)
+    out = reference.run(query, key, value, selection, scale=0.5)
+    for (b, s, g), keys in keys_of(selection, context).items():
+        if not keys:
+            assert out[b, s, g].abs().max() == 0
+            continue
+        chosen = sorted(keys)
+        scores = query[b, s, g].double() @ key[b, g, chosen].double().T * 0.5
+        assert torch.allclose(out[b, s, g], scores.softmax(-1) @ value[b, g, chosen].double(), atol=1e-12)
+
+
+@pytest.mark.parametrize("name", EAGER)
+@settings(max_examples=40, deadline=None)
+@given(case=selections(), heads=st.sampled_from((1, 2, 4, 16)), dims=st.sampled_from(((8, 8), (8, 4), (4, 16))))
+def test_path_equals_the_oracle_on_any_selection(name, case, heads, dims):
+    selection, context = case
+    query, key, value = tensors(selection, context, heads, *dims)
+    truth, allowed = bound(selection, query, key, value, dims[0] ** -0.5, torch.float32)
+    workspace = Workspace()
+    for _ in range(2):
+        out = nsa.selection_attention(query, key, value, selection, path=name, workspace=workspace)
+        assert out.shape == truth.shape
+        assert out.dtype == value.dtype
+        assert (out - truth).abs().max() <= allowed
+        workspace.poison()
+
+
+@pytest.mark.parametrize("name", EAGER)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", [1, 2, 4, 16])
+def test_path_equals_the_oracle_in_every_dtype_for_every_group_size(name, dtype, heads):
+    selection = fixed_selection()
+    query, key, value = tensors(selection, 45, heads, 16, 16, dtype)
+    truth, allowed = bound(selection, query, key, value, 0.25, dtype)
+    out = nsa.selection_attention(query, key, value, selection, path=name)
+    assert (out.double() - truth).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("name", EAGER)
+@pytest.mark.parametrize("heads", [1, 2, 4, 16])
+def test_gradients_equal_the_oracles(name, heads):
+    selection = fixed_selection()
+    grads = {}
+    for kind in ("truth", "eager", "path"):
+        dtype = torch.float64 if kind == "truth" else torch.float32
+        query, key, value = (t.detach().to(dtype).requires_grad_() for t in tensors(selection, 45, heads, 16, 12))
+        if kind == "path":
+            out = nsa.selection_attention(query, key, value, selection, path=name, workspace=Workspace())
+        else:
+            out = reference.run(query, key, value, selection, scale=0.25, compute_dtype=str(dtype)[6:])
+        weight = torch.linspace(-1, 1, out.numel(), dtype=dtype).view_as(out)
+        grads[kind] = torch.autograd.grad((out * weight).sum(), (query, key, value))
+    for truth, eager, found in zip(*grads.values(), strict=True):
+        floor = 4 * torch.finfo(torch.float32).eps * float(truth.abs().max())
+        allowed = max(2 * float((eager - truth).abs().max()), floor)
+        assert (found - truth).abs().max() <= allowed
+        assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("name", EAGER)
+def test_an_empty_row_gives_exact_zeros_and_zero_gradient(name):
+    blocks = torch.tensor([[[[-1, -1]], [[0, 1]]]], dtype=torch.int32)
+    selection = Selection.from_blocks(blocks, block_size=4, context_length=8)
+    query, key, value = tensors(selection, 8, 2, 4, 4, requires_grad=True)
+    out = nsa.selection_attention(query, key, value, selection, path=name)
+    assert torch.equal(out[0, 0], torch.zeros_like(out[0, 0]))
+    (gradient,) = torch.autograd.grad(out.sum() + out.square().sum(), query)
+    assert torch.equal(gradient[0, 0], torch.zeros_like(gradient[0, 0]))
+    assert gradient[0, 1].abs().max() > 0
+
+
+@pytest.mark.parametrize("name", EAGER)
+def test_every_rung_of_every_ladder_gives_the_oracles_result(name):
+    selection = fixed_selection()
+    query, key, value = tensors(selection, 45, 2, 8, 8)
+    truth, allowed = bound(selection, query, key, value, 8**-0.5, torch.float32)
+    problem = nsa.dispatch.call_problem(query, key, value, selection, grad=False, capturing=False)
+    for item in PATHS[name].tunables(problem, torch.device("cpu")):
+        for rung in item.ladder:
+            workspace = Workspace()
+            for _ in range(2):
+                out = nsa.selection_attention(
+                    query, key, value, selection, path=name, parameters={item.name: rung}, workspace=workspace
+                )
+                assert (out - truth).abs().max() <= allowed, (item.name, rung)
+                workspace.poison()
+
+
+@pytest.mark.parametrize("name", EAGER)
+def test_keys_and_values_are_views_without_a_copy(name):
+    """A (B, T, H, D) model passes transposed views; poisoning what lies between must not matter."""
+    selection = fixed_selection()
+    query, key, value = tensors(selection, 45, 2, 8, 8)
+    wide = torch.full((2, 45, 2, 3, 8), float("nan"))
+    wide[:, :, :, 1] = key.transpose(1, 2)
+    view = wide[:, :, :, 1].transpose(1, 2)
+    assert not view.is_contiguous()
+    same = nsa.selection_attention(query, view, value, selection, path=name)
+    assert torch.equal(same, nsa.selection_attention(query, key.contiguous(), value, selection, path=name))
+
+
+def test_flex_equals_the_oracle_where_it_compiles():
+    selection = fixed_selection(block_size=16)
+    query, key, value = tensors(selection, 45, 2, 16, 16)
+    truth, allowed = bound(selection, query, key, value, 0.25, torch.float32)
+    out = nsa.selection_attention(query, key, value, selection, path="flex")
+    assert (out - truth).abs().max() <= allowed
+
+
+def test_a_blocks_only_path_says_so_for_ranges():
+    selection = Selection.from_ranges(torch.zeros(1, 1, 1, 1, 2, dtype=torch.int64), context_length=4)
+    query, key, value = tensors(selection, 4, 1, 8, 8)
+    with pytest.raises(nsa.UnsupportedPathError, match="^unsupported: needs blocks"):
+        nsa.selection_attention(query, key, value, selection, path="flex")
+
+
+def fixed_selection(block_size=8):
+    """Ragged rows over 45 keys: an empty row, duplicates, a tail block, B = G = 2."""
+    generator = torch.Generator().manual_seed(3)
+    count = -(-45 // block_size)
+    blocks = torch.randint(-1, count, (2, 7, 2, 4), generator=generator, dtype=torch.int32)
+    blocks[0, 0, 0] = -1
+    blocks[1, 6, 1] = count - 1
+    return Selection.from_blocks(blocks, block_size=block_size, context_length=45)
