@@ -48,10 +48,8 @@ class Checker:
         self.problem, self.inputs, self.new_workspace = problem, inputs, new_workspace
         self.scale = problem.Dk**-0.5
         self.oracle = Oracle(inputs, self.scale)
-        self.awkward = [
-            (name, case, Oracle(case, self.scale)) for name, case in awkward_inputs(problem, inputs.query.device)
-        ]
-        self.gradients = GradientOracle(inputs, self.scale) if problem.mode == "train" else None
+        self.awkward: list[tuple[str, Inputs, Oracle]] | None = None
+        self.gradients: GradientOracle | None = None
 
     def check(self, path: SelectionPath, parameters: Mapping[str, ParameterValue], *, thorough: bool) -> Checked:
         """Check a candidate. ``thorough`` adds what does not depend on the context: reserves, growth, awkward inputs.
@@ -74,11 +72,21 @@ class Checker:
             error = max(error, self.oracle.compare(call(self.inputs, workspace), "second call, workspace poisoned"))
             if thorough:
                 self._reserves(path, call)
-                check_growth(call, self.inputs)
+                check_growth(call, self.inputs, self.new_workspace)
                 self._awkward(path, parameters, call)
         if self.gradients is not None:
-            self.gradients.compare(call)
+            self.gradients.compare(call, self.new_workspace())
         return Checked(error, self.oracle.bound)
+
+    def check_once(self, path: SelectionPath, parameters: Mapping[str, ParameterValue]) -> Checked:
+        """One call against the oracle. Raises WrongResult."""
+        case = self.inputs
+        with torch.no_grad():
+            out = path.function()(
+                case.query, case.key, case.value, case.selection,
+                scale=self.scale, workspace=self.new_workspace(), **parameters,
+            )  # fmt: skip
+        return Checked(self.oracle.compare(out, "the process that is timed"), self.oracle.bound)
 
     def _reserves(self, path: SelectionPath, call: Call) -> None:
         """Reserve size never changes the output: one below the need, one above it, with a poisoned workspace."""
@@ -86,7 +94,7 @@ class Checker:
         below = {item.name: max(1, int(item.ladder[1]) // 4) for item in reserves}
         above = {item.name: int(item.ladder[2]) for item in reserves}
         for label, chosen in (("below", below), ("above", above)) if reserves else ():
-            workspace = Workspace()
+            workspace = self.new_workspace()
             for turn in ("first", "second"):
                 out = call(self.inputs, workspace, **chosen)
                 self.oracle.compare(out, f"reserve {label} the need {chosen}, {turn} call")
@@ -94,10 +102,13 @@ class Checker:
 
     def _awkward(self, path: SelectionPath, parameters: Mapping[str, ParameterValue], call: Call) -> None:
         device = self.inputs.query.device
+        if self.awkward is None:
+            cases = awkward_inputs(self.problem, device)
+            self.awkward = [(name, case, Oracle(case, self.scale)) for name, case in cases]
         for name, case, oracle in self.awkward:
             if path.unsupported_reason(problem_of(case, self.problem), device, parameters) is None:
                 with filled_with_nan():
-                    oracle.compare(call(case, Workspace()), name)
+                    oracle.compare(call(case, self.new_workspace()), name)
 
 
 class Oracle:
@@ -168,11 +179,11 @@ def filled_with_nan() -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-def check_growth(call: Call, inputs: Inputs) -> None:
+def check_growth(call: Call, inputs: Inputs, new_workspace: Callable[[], Workspace] = Workspace) -> None:
     """A workspace that has served a shape serves it again without growing, whatever came between."""
     if inputs.key.shape[2] < 2 or not inputs.selection.block_size:
         return
-    workspace = Workspace()
+    workspace = new_workspace()
     half = inputs.at(max(1, inputs.key.shape[2] // 2))
     call(inputs, workspace)
     grown = workspace.growths
@@ -201,9 +212,8 @@ class GradientOracle:
         cast = Inputs(case.query.to(kind), case.key.to(kind), case.value.to(kind), case.selection, None)
         return two_layers(run, cast, None)
 
-    def compare(self, call: Call) -> None:
+    def compare(self, call: Call, workspace: Workspace) -> None:
         """Two steps with one workspace, poisoned in between. Raises WrongResult."""
-        workspace = Workspace()
         for step in ("first", "second"):
             gradients = two_layers(call, self.inputs, workspace)
             for name, found, want, usual in zip("qkv", gradients, self.truth, self.usual, strict=True):

@@ -1,4 +1,4 @@
-"""Drill: deliberately broken paths, one for each way in which a path of the PR31 story was broken, and what must catch it.
+"""Drill: deliberately broken paths, one for each way in which a path of PR31 was broken, and the answer each must get.
 
 ``nsa-tune selftest`` and the tests put each of them through the worker, which must answer with the named outcome and
 never with a time. Each is a twin of a real path: it declares that path's evidence and does something else. A worker is
@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nsa.paths import PATHS as REAL
-from nsa.paths.base import reserve_parameter
 from nsa.paths import Candidate, Parameter, SelectionPath, dense, gather, packed, varlen
+from nsa.paths.base import reserve_parameter
 from nsa.problem import Mode, SelectionProblem
 from nsa.rows import flat_ranges, key_rows, padded_positions, row_width
 from nsa.selection import Selection

@@ -1,8 +1,8 @@
 """What the figures of a run show, computed from records and table entries; ``tuner.plot`` draws it.
 
 Pure functions from records to frozen values: medians and bands per path, the floor that the problem sets, picks with
-their certainty (``tuner.reserves`` has the reserves). It draws nothing and reads no file; quantiles are samples that were
-measured (the smallest with at least that share at or below), never interpolated.
+their certainty; ``tuner.reserves`` has the reserves. It draws nothing and reads no file. Quantiles are measured
+samples (the smallest with at least that share at or below), never interpolated.
 """
 
 from __future__ import annotations
@@ -85,18 +85,18 @@ class PickInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def family_of(problem: SelectionProblem, pattern: str) -> Family:
-    """The family of a problem whose selections were made by ``pattern``."""
+    """The family of a problem whose selections were made by ``pattern``; "64/4 heads": 64 query on 4 KV heads."""
     p = problem
     return (
         p.mode if p.mode == "decode" or p.S == p.T else f"{p.mode} of a chunk of {p.S}",
         f"batch {p.B}",
-        f"{p.G * p.h} query heads on {p.G} KV heads",
+        f"{p.G * p.h}/{p.G} heads",
         f"head dim {p.Dk}" if p.Dk == p.Dv else f"head dims {p.Dk} and {p.Dv}",
         f"block {p.block_size}, top {p.topk}" if p.form == "blocks" else f"{p.topk} ranges",
         p.dtype,
         p.execution,
         f"{p.cache} cache",
-        f"{pattern} selection of {p.overlap} overlap",
+        f"{pattern} selection, {p.overlap} overlap",
     )
 
 
@@ -148,12 +148,12 @@ def latency_panels(records: Iterable[Record], rates: Rates | None) -> tuple[Late
     panels = []
     for family, by_context in families.items():
         contexts = sorted(by_context)
-        points = [point for T in contexts for point in best_points(T, by_context[T]).items()]
+        points = [item for T in contexts for item in best_points(T, by_context[T]).items()]
         floors = [(T, floor_us(problems[family, T], rates)) for T in contexts] if rates else []
         panels.append(
             LatencyPanel(
                 family=family,
-                lines={path: tuple(p for name, p in points if name == path) for path in sorted(dict(points))},
+                lines={path: tuple(p for name, p in points if name == path) for path in sorted({n for n, _ in points})},
                 untimed=untimed(by_context),
                 floor=tuple((T, us) for T, us in floors if us is not None),
             )

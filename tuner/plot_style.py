@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib as mpl
@@ -26,7 +27,7 @@ SMALL_PT = 8.0
 WIDTH_IN = 7.2  # the text width of an A4 page
 CHARACTERS_PER_INCH = 15.5  # DejaVu Sans at 8 points, measured
 PNG_DPI = 160
-RULES: dict[str, Any] = {
+RULES: Any = {  # Any: matplotlib types its keys as one literal of 300 names
     "font.family": "DejaVu Sans",  # comes with matplotlib, so it is the same everywhere
     "font.size": SMALL_PT,
     "axes.titlesize": 9.0,
@@ -48,6 +49,7 @@ RULES: dict[str, Any] = {
     "path.simplify": False,
 }
 
+TIMES, EN_DASH, MINUS = "\N{MULTIPLICATION SIGN}", "\N{EN DASH}", "\N{MINUS SIGN}"
 BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE, BLACK, GREY = (
     "#0072b2", "#d55e00", "#009e73", "#aa4499", "#56b4e9", "#e69f00", "#000000", "#767676",
 )  # fmt: skip
@@ -68,14 +70,16 @@ KNOWN = {
     "packed": PathStyle(GREEN, "^", (5, 1.5, 1, 1.5)),
     "varlen": PathStyle(PURPLE, "D", (1.5, 1.2)),
     "flex": PathStyle(SKY, "v", (3, 1, 1, 1, 1, 1)),
+    "triton_token": PathStyle(ORANGE, "P"),
+    "triton_union": PathStyle(BLACK, ">", (6, 1)),
+    "triton_block": PathStyle("#882255", "<", (2, 2)),
+    "triton_decode": PathStyle("#44aa99", "h", (4, 1, 1, 1)),
 }
 SPARE = (
-    PathStyle(ORANGE, "P"),
-    PathStyle(BLACK, "X", (6, 1)),
-    PathStyle(BLUE, "<", (2, 2)),
-    PathStyle(VERMILION, ">"),
-    PathStyle(GREEN, "h", (4, 1, 1, 1)),
-    PathStyle(PURPLE, "p"),
+    PathStyle("#8c510a", "p", (6, 1)),
+    PathStyle("#999933", "X", (2, 2)),
+    PathStyle("#332288", "*", (4, 1, 1, 1)),
+    PathStyle("#117733", "d"),
 )
 
 
@@ -89,14 +93,18 @@ def path_styles(paths: Iterable[str]) -> dict[str, PathStyle]:
 @contextmanager
 def house_style() -> Iterator[None]:
     """Within it, figures are made and saved by the rules above."""
-    with mpl.rc_context({**mpl.rcParamsDefault, **RULES}):
+    with mpl.rc_context():
+        mpl.rcdefaults()  # so that a reader's own matplotlibrc changes nothing
+        mpl.rcParams.update(RULES)
         yield
 
 
 def sheet(title: str, subtitle: str, caption: str, size_in: tuple[float, float]) -> Figure:
     """An empty figure with its heading (what one sees; device, commit, run) and its caption, wrapped to its width."""
     figure = Figure(figsize=size_in, layout="constrained")
-    figure.suptitle(f"{wrapped(title, size_in[0] * 0.88)}\n{wrapped(subtitle, size_in[0])}", x=0.01, ha="left", fontsize=9)
+    figure.suptitle(
+        f"{wrapped(title, size_in[0] * 0.88)}\n{wrapped(subtitle, size_in[0])}", x=0.01, ha="left", fontsize=9
+    )
     figure.supxlabel(wrapped(caption, size_in[0]), x=0.01, ha="left", fontsize=SMALL_PT)
     return figure
 
@@ -120,26 +128,26 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
 
 
 def dodged(wanted: Sequence[float], gap: float, low: float = 0.0, high: float = 1.0) -> list[float]:
-    """Positions in the order given, near the wanted ones, at least ``gap`` apart, and in [low, high] where there is room."""
+    """Positions nearest to the wanted ones (least squares), at least ``gap`` apart, in [low, high] if there is room."""
     order = sorted(range(len(wanted)), key=lambda index: (wanted[index], index))
-    placed: list[float] = []
-    for index in order:
-        placed.append(max(wanted[index], placed[-1] + gap if placed else low))
-    ceiling = max(high, low + gap * (len(order) - 1))
-    for place in reversed(range(len(placed))):
-        placed[place] = min(placed[place], ceiling)
-        ceiling = placed[place] - gap
+    blocks: list[list[float]] = []  # neighbours that touch, each as its wanted positions less their places in the row
+    for place, index in enumerate(order):
+        blocks.append([wanted[index] - gap * place])
+        while len(blocks) > 1 and fmean(blocks[-2]) >= fmean(blocks[-1]):
+            blocks[-2:] = [blocks[-2] + blocks[-1]]
+    highest = max(low, high - gap * (len(order) - 1))
+    spread = [min(max(fmean(block), low), highest) for block in blocks for _ in block]
     found = [0.0] * len(wanted)
-    for index, position in zip(order, placed, strict=True):
-        found[index] = position
+    for place, index in enumerate(order):
+        found[index] = spread[place] + gap * place
     return found
 
 
 def series(low: float, high: float, most: int = 6) -> list[float]:
-    """Ticks of a log axis within [low, high]: of 1-2-5, 1-5, decades, every other decade ... the first of at most ``most``."""
+    """Ticks of a log axis in [low, high]: 1-2-5, 1-5, decades or every n-th one, the finest of at most ``most``."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    finest = [(1, 2, 5), (1, 5), (1,)]
-    for steps in finest:
+    kept: list[float] = []
+    for steps in ((1, 2, 5), (1, 5), (1,)):
         ticks = [step * 10.0**decade for decade in decades for step in steps]
         kept = [tick for tick in ticks if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)]
         if len(kept) <= most:
@@ -163,6 +171,16 @@ def byte_ticks(low: float, high: float, most: int = 5) -> list[float]:
     powers = range(math.ceil(math.log2(max(low, 1.0)) - 1e-9), math.floor(math.log2(max(high, 1.0)) + 1e-9) + 1)
     step = max(1, math.ceil(len(powers) / most))
     return [2.0**power for power in powers if (power - powers[0]) % step == 0]
+
+
+def context_ticks(contexts: Sequence[int], most: int = 6) -> list[int]:
+    """Of ascending contexts those whose names have room on a log axis: a ``most``-th of its length apart."""
+    apart = math.log(contexts[-1] / contexts[0]) / most
+    kept = [contexts[0]]
+    for context in contexts[1:]:
+        if math.log(context / kept[-1]) >= apart:
+            kept.append(context)
+    return kept
 
 
 def put_ticks(axes: Axes, which: str, ticks: Sequence[float], text: Any) -> None:
@@ -197,7 +215,7 @@ def byte_text(size: float) -> str:
 
 def ratio_text(ratio: float) -> str:
     """0.482×, 1.04×, 27×."""
-    return f"{ratio:.3g}×" if ratio < 100 else f"{ratio:.0f}×"
+    return (f"{ratio:.3g}" if ratio < 100 else f"{ratio:.0f}") + TIMES
 
 
 def percent_text(ratio: float) -> str:
@@ -205,11 +223,11 @@ def percent_text(ratio: float) -> str:
     if not 0.5 <= ratio <= 2.0:
         return ratio_text(ratio)
     change = round(100 * (ratio - 1), 2)
-    return f"{change:+.3g} %".replace("-", "\N{MINUS SIGN}") if change else "0 %"
+    return f"{change:+.3g} %".replace("-", MINUS) if change else "0 %"
 
 
 def evidence_text(e_value: float | None) -> str:
-    """An e-value: "–" for none, "0.2", "17", "3.2e+05", "> 1e+99"."""
+    """An e-value: a dash for none, "0.2", "17", "3.2e+05", "> 1e+99"."""
     if e_value is None:
-        return "–"
+        return EN_DASH
     return "> 1e+99" if e_value > 1e99 else f"{e_value:.2g}" if e_value < 10 or e_value >= 1e4 else f"{e_value:.0f}"

@@ -1,6 +1,7 @@
-"""Session: drive a worker through problems. Failures inside become assessments, dead workers are replaced.
+"""Session: drive two workers through problems, one that proves and one that times. Failures become assessments.
 
-It stands between ``tuner.search`` (what to measure) and ``tuner.worker`` (where it runs), and keeps no records.
+A process that has been profiled is no longer timed (see ``worker.Bench.build``); dead workers are replaced. It stands
+between ``tuner.search`` (what to measure) and ``tuner.worker`` (where it runs), and keeps no records.
 """
 
 from __future__ import annotations
@@ -38,64 +39,100 @@ class Timed(msgspec.Struct, frozen=True):
         }
 
 
-class Session:
-    """One worker at a time on one device. ``hold`` a trial, then ``assess`` and ``time`` its candidates."""
+class Seat:
+    """A place for one worker at a time, and which trial the worker in it holds."""
 
-    def __init__(self, device: str, *, memory_limit_bytes: int = 0, timeout_s: float = TIMEOUT_S) -> None:
-        self.device, self.memory_limit_bytes, self.timeout_s = device, memory_limit_bytes, timeout_s
+    def __init__(self, device: str, memory_limit_bytes: int) -> None:
+        self.device, self.memory_limit_bytes = device, memory_limit_bytes
         self.worker: Worker | None = None
-        self.trial: Trial | None = None
-        self.held = False
+        self.held: Trial | None = None
         self.union: float | None = None
-        self.assessed: dict[str, Assessment] = {}
+
+    @property
+    def alive(self) -> bool:
+        """Whether a worker sits here that can answer."""
+        return self.worker is not None and self.worker.alive
+
+    def ask(self, verb: str, argument: Any, trial: Trial | None, timeout_s: float) -> Any:
+        """Ask the worker, a new one where the last is gone, about a trial. Raises CandidateFailed, WorkerDied."""
+        if self.worker is None or not self.worker.alive:
+            self.close()
+            self.worker = Worker(self.device, memory_limit_bytes=self.memory_limit_bytes)
+        if trial is not None and self.held != trial:
+            self.held = None
+            self.union = self.worker.ask("prepare", trial, timeout_s=timeout_s)
+            self.held = trial
+        return self.worker.ask(verb, argument, timeout_s=timeout_s)
 
     def close(self) -> None:
         """End the worker."""
         if self.worker is not None:
             self.worker.close()
-            self.worker = None
+        self.worker, self.held = None, None
+
+
+class Session:
+    """One problem at a time on one device. ``hold`` a trial, then ``assess`` and ``time`` its candidates."""
+
+    def __init__(self, device: str, *, memory_limit_bytes: int = 0, timeout_s: float = TIMEOUT_S) -> None:
+        self.memory_limit_bytes, self.timeout_s = memory_limit_bytes, timeout_s
+        self.prover, self.timer = (Seat(device, memory_limit_bytes) for _ in range(2))
+        self.trial: Trial | None = None
+        self.assessed: dict[str, Assessment] = {}
+        self.built: set[str] = set()
+
+    @property
+    def union(self) -> float | None:
+        """Overlap of the selections that the trial at hand is measured on."""
+        return self.prover.union
+
+    def close(self) -> None:
+        """End both workers."""
+        self.prover.close()
+        self.timer.close()
 
     def ask(self, verb: str, argument: Any = None) -> Any:
-        """Ask the worker, starting a new one where the last is gone. Raises CandidateFailed, WorkerDied."""
-        if self.worker is None or not self.worker.alive:
-            self.close()
-            self.worker = Worker(self.device, memory_limit_bytes=self.memory_limit_bytes)
-            self.held = False
-            self.assessed = {name: found for name, found in self.assessed.items() if found.outcome != "ok"}
-        if self.trial is not None and not self.held and verb not in ("identify", "self_test", "prepare"):
-            self.union = self.worker.ask("prepare", self.trial, timeout_s=self.timeout_s)
-            self.held = True
-        return self.worker.ask(verb, argument, timeout_s=self.timeout_s)
+        """Ask the timing worker something that needs no trial."""
+        return self.timer.ask(verb, argument, None, self.timeout_s)
 
     def hold(self, trial: Trial) -> None:
         """Turn to a problem; its inputs are made when first needed."""
         if trial != self.trial:
-            self.trial, self.held, self.union, self.assessed = trial, False, None, {}
+            self.trial, self.assessed, self.built = trial, {}, set()
 
     def assess(self, candidate: Candidate, *, thorough: bool) -> Assessment:
-        """Build, check and attest, once per problem and worker; a failure is the assessment."""
+        """Prove a candidate in the one worker and build it in the other; a failure is the assessment."""
+        if not self.timer.alive:
+            self.built.clear()
         known = self.assessed.get(candidate.name)
-        if known is not None and self.worker is not None and self.worker.alive:
+        if known is not None and (known.outcome != "ok" or candidate.name in self.built):
             return known
-        try:
-            found: Assessment = self.ask("assess", (candidate, thorough))
-        except (CandidateFailed, WorkerDied) as error:
-            found = Assessment(outcome=error.outcome, reason=error.reason)
-        limit = self.memory_limit_bytes
-        if limit and found.peak_bytes and found.peak_bytes > limit:
-            why = f"one call held {found.peak_bytes} bytes, the limit is {limit}"
-            found = Assessment(outcome="oom", reason=why)
+        found = known or self._prove(candidate, thorough)
+        if found.outcome == "ok":
+            try:
+                self.timer.ask("build", (candidate,), self.trial, self.timeout_s)
+                self.built.add(candidate.name)
+            except (CandidateFailed, WorkerDied) as error:
+                found = Assessment(outcome=error.outcome, reason=error.reason)
         self.assessed[candidate.name] = found
         return found
 
+    def _prove(self, candidate: Candidate, thorough: bool) -> Assessment:
+        try:
+            found: Assessment = self.prover.ask("assess", (candidate, thorough), self.trial, self.timeout_s)
+        except (CandidateFailed, WorkerDied) as error:
+            return Assessment(outcome=error.outcome, reason=error.reason)
+        limit = self.memory_limit_bytes
+        if limit and found.peak_bytes and found.peak_bytes > limit:
+            return Assessment(outcome="oom", reason=f"one call held {found.peak_bytes} bytes, the limit is {limit}")
+        return found
+
     def release(self, keep: Sequence[Candidate]) -> None:
-        """Let the worker forget what it holds of all other candidates."""
-        names = tuple(set(self.assessed) - {candidate.name for candidate in keep})
-        if names and self.held and self.worker is not None and self.worker.alive:
-            self.ask("release", (names,))
-            for name in names:
-                if self.assessed[name].outcome == "ok":
-                    del self.assessed[name]
+        """Let the timing worker forget what it holds of all other candidates."""
+        names = tuple(self.built - {candidate.name for candidate in keep})
+        if names and self.timer.alive:
+            self.timer.ask("release", (names,), self.trial, self.timeout_s)
+            self.built.difference_update(names)
 
     def time(
         self,
@@ -123,7 +160,7 @@ class Session:
                 seed=first + taken, sample_us=SAMPLE_US, budget_s=max(0.0, left),
             )  # fmt: skip
             try:
-                timings: dict[str, Timing] = self.ask("rounds", (request,))
+                timings: dict[str, Timing] = self.timer.ask("rounds", (request,), self.trial, self.timeout_s)
             except (CandidateFailed, WorkerDied) as error:
                 ready = self._without(ready, error, failed)
                 done, taken = Timed({}, failed), 0
@@ -138,7 +175,7 @@ class Session:
     def _without(
         self, ready: list[Candidate], error: CandidateFailed | WorkerDied, failed: dict[str, Assessment]
     ) -> list[Candidate]:
-        about = error.about if isinstance(error, WorkerDied) else self.worker.doing if self.worker else ""
+        about = error.about if isinstance(error, WorkerDied) else self.timer.worker.doing if self.timer.worker else ""
         culprit = next((candidate for candidate in ready if candidate.name == about), ready[-1])
         failure = Assessment(outcome=error.outcome, reason=f"while timed: {error.reason}")
         failed[culprit.name] = self.assessed[culprit.name] = failure
@@ -151,7 +188,8 @@ class Session:
         if assessment.outcome != "ok":
             return assessment
         try:
-            result: SequenceResult = self.ask("sequence", (Calls(candidate=candidate, contexts=contexts),))
+            request = (Calls(candidate=candidate, contexts=contexts),)
+            result: SequenceResult = self.timer.ask("sequence", request, self.trial, self.timeout_s)
         except (CandidateFailed, WorkerDied) as error:
             return Assessment(outcome=error.outcome, reason=error.reason)
         return result

@@ -36,7 +36,6 @@ class Assessment(msgspec.Struct, frozen=True, kw_only=True):
     peak_bytes: int | None = None
     workspace_bytes: int | None = None
     growths: int | None = None
-    call_us: float = 0.0
 
 
 class Timing(msgspec.Struct, frozen=True, kw_only=True):

@@ -80,6 +80,10 @@ class Bench:
         watch = Stopwatch(self.device, cold=trial.problem.cache == "cold")
         self.timer = RoundTimer(watch, sm_clock_reader(self.device))
 
+    def prepared(self) -> Any:
+        """What the tool is told when the inputs are there: the measured overlap of the selections."""
+        return self.inputs.union
+
     def assess(self, candidate: Candidate, thorough: bool) -> Assessment:
         """Build, check, attest: everything that must hold before a clock is read."""
         problem = self.trial.problem
@@ -92,18 +96,13 @@ class Bench:
             self.checker = Checker(problem, self.inputs, self._workspace)
         checked = self.checker.check(path, candidate.parameters, thorough=thorough)
         evidence = path.evidence(problem, self.device, candidate.parameters, self.lengths)
+        cuda = self.device.type == "cuda"
+        once = attest(lambda: self._call(candidate, self._workspace())(), evidence, cuda=cuda)
         workspace = self._workspace()
-        call = self._call(candidate, self._workspace())
-        once = attest(lambda: self._call(candidate, self._workspace())(), evidence, cuda=self.device.type == "cuda")
-        self._call(candidate, workspace)()
-        if problem.execution == "graph":
-            call = captured(call)
-            attest(call, _kernels_only(evidence), cuda=True)
-        self.calls[candidate.name] = call
-        began = time.perf_counter()
+        call = self._call(candidate, workspace)
         call()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        if problem.execution == "graph":
+            attest(captured(call), kernels_only(evidence), cuda=True)
         report = workspace.report()
         return Assessment(
             outcome="ok",
@@ -113,8 +112,28 @@ class Bench:
             peak_bytes=once.peak_bytes,
             workspace_bytes=report.bytes,
             growths=report.growths,
-            call_us=(time.perf_counter() - began) * 1e6,
         )
+
+    def build(self, candidate: Candidate) -> float:
+        """Make an assessed candidate ready to be timed here: one call held against the oracle, no profiler.
+
+        A process that was profiled once launches kernels 1.5 times slower ever after (seen on an H200, docs/log.md),
+        so what is timed lives in another process than what was attested. Returns microseconds of one call.
+        """
+        self.about(candidate.name)
+        if self.checker is None:
+            self.checker = Checker(self.trial.problem, self.inputs, self._workspace)
+        self.checker.check_once(self.paths[candidate.path], candidate.parameters)
+        call = self._call(candidate, self._workspace())
+        call()
+        if self.trial.problem.execution == "graph":
+            call = captured(call)
+        self.calls[candidate.name] = call
+        began = time.perf_counter()
+        call()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - began) * 1e6
 
     def _workspace(self) -> Workspace:
         return Workspace(memory_limit_bytes=self.memory_limit_bytes or None)
@@ -141,7 +160,7 @@ class Bench:
         return forward
 
     def rounds(self, request: Rounds) -> dict[str, Timing]:
-        """Shared rounds over assessed candidates."""
+        """Shared rounds over built candidates."""
         calls = {candidate.name: self.calls[candidate.name] for candidate in request.candidates}
         measured = self.timer.rounds(
             calls, count=request.count, first=request.first, seed=request.seed,
@@ -153,7 +172,7 @@ class Bench:
         }
 
     def release(self, names: tuple[str, ...]) -> None:
-        """Forget assessed candidates and the memory that their calls hold."""
+        """Forget built candidates and the memory that their calls hold."""
         for name in names:
             self.calls.pop(name, None)
 
@@ -194,10 +213,17 @@ def captured(call: Callable[[], Any]) -> Callable[[], Any]:
     return graph.replay
 
 
-def _kernels_only(evidence: Any) -> Any:
+def kernels_only(evidence: Any) -> Any:
     """Evidence that a graph replay can show: kernels have names there, operators have none."""
     required = {pattern: count for pattern, count in evidence.required.items() if "::" not in pattern}
     return type(evidence)(required=required, forbidden=evidence.forbidden)
+
+
+def open_bench(argument: Any, about: Callable[[str], None], memory_limit_bytes: int) -> Any:
+    """The bench for what is to be prepared: a Trial has the one above, whatever has ``open_bench`` opens its own."""
+    if isinstance(argument, Trial):
+        return Bench(argument, about, memory_limit_bytes)
+    return argument.open_bench(about, memory_limit_bytes)
 
 
 def serve(connection: Connection, device: str, memory_limit_bytes: int, stderr: str) -> None:
@@ -206,7 +232,7 @@ def serve(connection: Connection, device: str, memory_limit_bytes: int, stderr: 
     log = os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 2)
     limit_memory(device, memory_limit_bytes)
-    bench: Bench | None = None
+    bench: Any = None
 
     def about(name: str) -> None:
         connection.send(("about", name))
@@ -223,8 +249,8 @@ def serve(connection: Connection, device: str, memory_limit_bytes: int, stderr: 
                 answer = self_test(device, argument, about)
             elif verb == "prepare":
                 bench = None
-                bench = Bench(argument, about, memory_limit_bytes)
-                answer = bench.inputs.union
+                bench = open_bench(argument, about, memory_limit_bytes)
+                answer = bench.prepared()
             else:
                 assert bench is not None, "prepare comes first"
                 answer = getattr(bench, verb)(*argument)

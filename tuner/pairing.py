@@ -1,0 +1,233 @@
+"""Pairing: base, head and base once more in one process, timed in pairs; a coin decides which side is first.
+
+A pair is a few short samples of either side in turn (A B, B A, ...), each side's lower quartile being its time: a core
+that a neighbour takes away for a moment slows samples, never speeds them. Measured on two shared cores under full load,
+decode by varlen on one thread: sd of a pair's log ratio 3.6 % by the mean of 8, 3.8 % by the median, 1.6 % by this. The
+price: what strikes fewer than three of four samples is not seen in the time.
+The lanes by which a run audits itself are here: base against its twin, plain and with 1 % and 4 % of extra work of the
+same kind (products over slices of the scenario's own keys, on its device), calibrated in place. It compares nothing and
+decides nothing. Worker side.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import random
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import msgspec
+import torch
+from torch import Tensor
+
+from tuner.compare_record import INJECTED, Lane, Pair, Question, Scenario, Side
+from tuner.inputs import make_inputs
+from tuner.measure import THROTTLED_BELOW, sm_clock_reader
+from tuner.sides import Call, LoadedSide, leaves_of
+
+CALIBRATIONS = 9
+UNITS_AT_LEAST = 2
+"""In the 1 % lane, so that the 4 % lane is within half a per cent of what it says."""
+WARM_UP_CALLS = 3
+REPEATS = 16
+"""Samples of one side in a pair; fewer, 2 at least, where a single call takes longer than a sample should."""
+
+
+class Watch(Protocol):
+    """``tuner.measure.Stopwatch``, or a scripted one."""
+
+    def sample_us(self, call: Call, calls: int) -> float:
+        """Mean microseconds per call over ``calls`` calls."""
+
+    def calls_for(self, call: Call, target_us: float) -> int:
+        """Calls per sample of about ``target_us``."""
+
+
+class PairTrial(msgspec.Struct, frozen=True, kw_only=True):
+    """Load the sides in this order and make the scenarios' calls. ``kernels``: scenario -> path and parameters that
+    base chose, for the lane that calls it directly."""
+
+    question: Question
+    order: tuple[Side, ...]
+    scenarios: tuple[Scenario, ...]
+    kernels: dict[str, tuple[str, dict[str, Any]]] = {}
+
+    def open_bench(self, about: Callable[[str], None], _memory_limit_bytes: int) -> PairBench:
+        """In the worker."""
+        return PairBench(self, about)
+
+
+class Rounds(msgspec.Struct, frozen=True, kw_only=True):
+    """A request: ``count`` rounds from ``first`` on, fewer where ``budget_s`` ends. In each round one pair per lane of
+    ``lanes``, and one of each audit lane on the scenarios of ``audited`` in turn. ``coin`` seeds order and coins."""
+
+    lanes: tuple[tuple[str, Lane], ...]
+    audited: tuple[str, ...]
+    first: int
+    count: int
+    coin: str
+    budget_s: float
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """Pairs in the order measured, pairs dropped for throttling, and the median SM clock (0 on a CPU)."""
+
+    pairs: list[Pair]
+    dropped: int
+    clock_mhz: int
+
+
+class Padded:
+    """A call with units of extra work spread evenly over a sample's calls; every timed call is one, most have none."""
+
+    def __init__(self, side: LoadedSide, scenario: Scenario, call: Call) -> None:
+        self.side, self.scenario, self.call = side, scenario, call
+        self.unit, self.units, self.calls, self.turn = call, 0, 1, 0
+
+    def __call__(self) -> None:
+        """One call of ``calls``."""
+        self.call()
+        turn = self.turn
+        for _ in range(self.units * (turn + 1) // self.calls - self.units * turn // self.calls):
+            self.unit()
+        self.turn = (turn + 1) % self.calls
+
+
+class Stand:
+    """One scenario in this process: lane -> (base, other), each with buffers of its own, and calls per sample.
+
+    No two lanes share a call: what ran a moment ago is warm, and base would always be the warmer side.
+    """
+
+    def __init__(self, trial: PairTrial, scenario: Scenario, sides: dict[Side, LoadedSide], watch: Watch) -> None:
+        self.watch, self.scenario, self.sides = watch, scenario, sides
+        case = make_inputs(scenario.problem, scenario.pattern, 0, sides["base"].device)
+        self.case = leaves_of(case) if scenario.problem.mode == "train" else case
+        others: dict[Lane, Side] = {"head": "head", **dict.fromkeys(INJECTED, "twin")}
+        self.lanes = {
+            lane: (self._call("base"), self._call(other)) for lane, other in others.items()
+        }
+        kernel = trial.kernels.get(scenario.name)
+        if kernel and all(kernel[0] in sides[side].package.PATHS for side in ("base", "head")):
+            self.lanes["kernel"] = (self._call("base", kernel), self._call("head", kernel))
+        every = [call for pair in self.lanes.values() for call in pair]
+        for call in every * WARM_UP_CALLS:
+            call()
+        self.calls = watch.calls_for(self.lanes["aa"][0], trial.question.sample_us)
+        for call in every:
+            call.calls = self.calls
+        once_us = self.sample(every[0])
+        self.repeats = min(REPEATS, max(2, round(REPEATS * trial.question.sample_us / max(once_us * self.calls, 1e-3))))
+        self.injected = self._inject()
+
+    def _call(self, side: Side, kernel: tuple[str, dict[str, Any]] | None = None) -> Padded:
+        loaded = self.sides[side]
+        path, parameters = kernel or (self.scenario.path, loaded.defaults(self.scenario))
+        return Padded(loaded, self.scenario, loaded.call(self.scenario, self.case, path, parameters))
+
+    def _inject(self) -> dict[str, float]:
+        """Choose the unit of work and how many of it make 1 % and 4 % of a sample; lane -> the calibrated share."""
+        plain, loaded = self.lanes["aa"]
+        sample_us = min(self.sample(plain) for _ in range(CALIBRATIONS)) * self.calls
+        finest_us = INJECTED["slow_1"] * sample_us / UNITS_AT_LEAST
+        key, rows = self.case.key, 1
+        while rows < key.shape[2] and self._alone_us(Unit(key, 2 * rows)) < finest_us:
+            rows *= 2
+        unit = Unit(key, rows)
+        loaded.unit, loaded.units = unit, max(1, round(0.5 * sample_us / self._alone_us(unit)))
+        measured = [self.pair("aa", base_first=turn % 2 == 0) for turn in range(CALIBRATIONS)]
+        added = statistics.median(other_us - base_us for base_us, other_us in measured)
+        unit_us = max(added * self.calls / loaded.units, 1e-3)
+        for lane, share in INJECTED.items():
+            slowed = self.lanes[lane][1]
+            slowed.unit, slowed.units = unit, round(share * sample_us / unit_us)
+        return {lane: self.lanes[lane][1].units * unit_us / sample_us for lane in INJECTED}
+
+    def _alone_us(self, unit: Call) -> float:
+        return max(min(self.watch.sample_us(unit, 20) for _ in range(CALIBRATIONS)), 1e-3)
+
+    def sample(self, call: Padded) -> float:
+        """Microseconds per call over one sample."""
+        return self.watch.sample_us(call, self.calls)
+
+    def pair(self, lane: Lane, *, base_first: bool) -> tuple[float, float]:
+        """(base, other): lower quartile of either side's samples, taken in turn."""
+        base, other = self.lanes[lane]
+        sides: list[tuple[Padded, list[float]]] = [(base, []), (other, [])]
+        for turn in range(self.repeats):
+            for call, taken in sides if (turn % 2 == 0) == base_first else reversed(sides):
+                taken.append(self.sample(call))
+        quartile = (self.repeats - 1) // 4
+        return sorted(sides[0][1])[quartile], sorted(sides[1][1])[quartile]
+
+
+class Unit:
+    """A little work of selection's own kind: products of the first ``rows`` keys of one group."""
+
+    def __init__(self, key: Tensor, rows: int) -> None:
+        self.keys = key.detach()[0, 0, :rows].contiguous()
+        self.query = self.keys[:1].t().contiguous()
+
+    def __call__(self) -> None:
+        """Do it once."""
+        with torch.no_grad():
+            torch.mm(self.keys, self.query)
+
+
+class PairBench:
+    """All scenarios of a comparison in one process."""
+
+    def __init__(self, trial: PairTrial, about: Callable[[str], None]) -> None:
+        question, device = trial.question, torch.device(trial.question.device)
+        trees = {"base": question.base, "twin": question.base, "head": question.head}
+        sides = {side: LoadedSide(trees[side], side, device) for side in trial.order}
+        module, _, name = question.watch.partition(":")
+        make_watch: Callable[..., Watch] = getattr(importlib.import_module(module), name)
+        self.about, self.clock, self.clocks = about, sm_clock_reader(device), list[int]()
+        self.stands: dict[str, Stand] = {}
+        for scenario in trial.scenarios:
+            about(f"{scenario.name}|head")  # base passed the same checks in a process of its own
+            watch = make_watch(device, cold=scenario.problem.cache == "cold")
+            self.stands[scenario.name] = Stand(trial, scenario, sides, watch)
+
+    def prepared(self) -> tuple[dict[str, int], dict[str, dict[str, float]]]:
+        """Scenario -> calls per sample, and -> lane -> injected share."""
+        return (
+            {name: stand.calls for name, stand in self.stands.items()},
+            {name: stand.injected for name, stand in self.stands.items()},
+        )
+
+    def rounds(self, request: Rounds) -> Answer:
+        """Measure. Garbage is collected before and not in between."""
+        pairs, dropped, deadline = list[Pair](), 0, time.monotonic() + request.budget_s
+        gc.collect()
+        gc.disable()
+        try:
+            for number in range(request.first, request.first + request.count):
+                coin = random.Random(f"{request.coin}/{number}")
+                audited = request.audited[number % len(request.audited)]
+                lanes = [*request.lanes, *((audited, lane) for lane in INJECTED)]
+                coin.shuffle(lanes)
+                for name, lane in lanes:
+                    pair = self._pair(name, lane, number, base_first=coin.random() < 0.5)
+                    dropped += pair is None
+                    pairs += [pair] if pair else []
+                if time.monotonic() > deadline:
+                    break
+        finally:
+            gc.enable()
+        return Answer(pairs=pairs, dropped=dropped, clock_mhz=round(statistics.median(self.clocks or [0])))
+
+    def _pair(self, name: str, lane: Lane, number: int, *, base_first: bool) -> Pair | None:
+        """One pair; None where the GPU was throttled."""
+        self.about(f"{name}|{'head' if lane in ('head', 'kernel') else 'base'}")
+        base_us, other_us = self.stands[name].pair(lane, base_first=base_first)
+        clock = self.clock()
+        if clock is not None:
+            self.clocks.append(clock)
+            if clock < THROTTLED_BELOW * statistics.median(self.clocks):
+                return None
+        return Pair(name, lane, number, base_first, base_us, other_us)
