@@ -1,5 +1,7 @@
 """The runtime of nsa-tune: selection attention by the fastest correct path, as measured on this device."""
 
+from .attention import NSAAttention, NSAConfig
+from .cache import NSACache
 from .dispatch import dispatch_stats, selection_attention, use_dispatch_table
 from .dispatch_table import Choice, DispatchTable, load_dispatch_table
 from .errors import UnsupportedPathError, UnsupportedSelection
@@ -13,6 +15,9 @@ __all__ = [
     "PATHS",
     "Choice",
     "DispatchTable",
+    "NSAAttention",
+    "NSACache",
+    "NSAConfig",
     "Selection",
     "SelectionProblem",
     "UnsupportedPathError",

@@ -127,10 +127,10 @@ class NSAAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, S, dim), a whole context -> y (B, S, dim); for training, and without a cache."""
         self._check(x)
-        keys, values = self._keys_values(x, 0)
+        query, gates, keys, values = self._project(x, 0)
         compressed_key = self.compress_key(keys["compression"])
         compressed_value = self.compress_value(values["compression"])
-        return self._attend(x, 0, keys, values, compressed_key, compressed_value)
+        return self._attend(query, gates, keys, values, compressed_key, compressed_value, 0)
 
     @torch.no_grad()
     def prefill(self, x: Tensor, *, capacity: int = 0) -> tuple[Tensor, NSACache]:
@@ -172,7 +172,8 @@ class NSAAttention(nn.Module):
         config, first, done = self.config, cache.length, cache.compressed_length
         finished = False
         try:
-            cache.append(*self._keys_values(x, first))
+            query, gates, keys, values = self._project(x, first)
+            cache.append(keys, values)
             if compressed_count(cache.length, config.kernel_size, config.kernel_stride) > done:
                 fresh = slice(done * config.kernel_stride, None)
                 cache.append_compressed(
@@ -181,39 +182,37 @@ class NSAAttention(nn.Module):
                 )
             keys = {branch: cache.key(branch) for branch in BRANCHES}
             values = {branch: cache.value(branch) for branch in BRANCHES}
-            y = self._attend(x, first, keys, values, cache.compressed_key, cache.compressed_value)
+            y = self._attend(query, gates, keys, values, cache.compressed_key, cache.compressed_value, first)
             finished = True
         finally:
             if not finished:
                 cache.truncate(first, done)
         return y
 
-    def _keys_values(self, x: Tensor, first: int) -> tuple[dict[Branch, Tensor], dict[Branch, Tensor]]:
-        """Raw keys (B, G, S, Dk), turned by their positions, and values (B, G, S, Dv) of every branch."""
-        split = (self.config.num_kv_heads, -1)
-        turn = self._rotation(x, first)
-        keys = {branch: rotate(self.keys[branch](x).unflatten(2, split), turn).transpose(1, 2) for branch in BRANCHES}
-        values = {branch: self.values[branch](x).unflatten(2, split).transpose(1, 2) for branch in BRANCHES}
-        return keys, values
-
-    def _rotation(self, x: Tensor, first: int) -> Tensor:
+    def _project(self, x: Tensor, first: int) -> tuple[Tensor, Tensor, dict[Branch, Tensor], dict[Branch, Tensor]]:
+        """Of tokens at positions ``first`` ..: query (B, S, G, h, Dk), gates (B, S, G, h, 3) in [0, 1] (paper eq. 5),
+        and per branch keys (B, G, S, Dk) and values (B, G, S, Dv). Queries and keys are turned by their positions."""
         config = self.config
-        return rotation(first, x.shape[1], config.head_dim, config.rotary_base, dtype=x.dtype, device=x.device)
+        turn = rotation(first, x.shape[1], config.head_dim, config.rotary_base, dtype=x.dtype, device=x.device)
+        rows, groups = (config.num_kv_heads, config.heads_per_group, -1), (config.num_kv_heads, -1)
+        query = rotate(torch.unflatten(self.query(x), 2, rows), turn)
+        gates = torch.unflatten(torch.sigmoid(self.gate(x)), 2, rows)
+        keys = {name: torch.unflatten(self.keys[name](x), 2, groups) for name in BRANCHES}
+        values = {name: torch.unflatten(self.values[name](x), 2, groups).transpose(1, 2) for name in BRANCHES}
+        return query, gates, {name: rotate(key, turn).transpose(1, 2) for name, key in keys.items()}, values
 
     def _attend(
         self,
-        x: Tensor,
-        first: int,
+        query: Tensor,
+        gates: Tensor,
         keys: Mapping[Branch, Tensor],
         values: Mapping[Branch, Tensor],
         compressed_key: Tensor,
         compressed_value: Tensor,
+        first: int,
     ) -> Tensor:
-        """The three branches of the tokens at positions ``first`` .., gated (paper eq. 5) and projected."""
+        """The three branches of queries at positions ``first`` .., gated, added and projected: (B, S, dim)."""
         config = self.config
-        split = (config.num_kv_heads, config.heads_per_group, -1)
-        query = rotate(self.query(x).unflatten(2, split), self._rotation(x, first))
-        gates = torch.unflatten(torch.sigmoid(self.gate(x)), 2, split)
         compression = compressed_attention(
             query,
             compressed_key,
@@ -234,8 +233,25 @@ class NSAAttention(nn.Module):
         mixed = gates[..., 0:1] * compression + gates[..., 1:2] * selection + gates[..., 2:3] * window
         return cast(Tensor, self.output(mixed.flatten(2)))
 
+    def _check(self, x: Tensor) -> None:
+        if x.dim() != 3 or x.shape[2] != self.config.dim or min(x.shape) < 1:
+            raise ArgumentError(f"x has shape {tuple(x.shape)}, expected (B, S, {self.config.dim}), B and S at least 1")
+
     def _select(self, query: Tensor, key: Tensor, value: Tensor, compressed_key: Tensor) -> Tensor:
-        selection = self._selection(query, compressed_key, key.shape[2])
+        config = self.config
+        blocks = choose_blocks(
+            query,
+            compressed_key,
+            context_length=key.shape[2],
+            kernel_size=config.kernel_size,
+            kernel_stride=config.kernel_stride,
+            block_size=config.block_size,
+            topk=config.topk,
+        )
+        selection = Selection.from_blocks(blocks, block_size=config.block_size, context_length=key.shape[2])
+        if not self.flags.ranges_v2:
+            ranges = blocks_to_ranges_v1(blocks, config.block_size, selection.limits)
+            selection = Selection.from_ranges(ranges, context_length=key.shape[2])
         path, parameters = self._path(query, key, value, selection)
         return selection_attention(
             query,
@@ -247,23 +263,6 @@ class NSAAttention(nn.Module):
             workspace=shared_workspace(query.device) if self.workspace is None else self.workspace,
             table=self.dispatch_table,
         )
-
-    def _selection(self, query: Tensor, compressed_key: Tensor, context_length: int) -> Selection:
-        config = self.config
-        blocks = choose_blocks(
-            query,
-            compressed_key,
-            context_length=context_length,
-            kernel_size=config.kernel_size,
-            kernel_stride=config.kernel_stride,
-            block_size=config.block_size,
-            topk=config.topk,
-        )
-        selection = Selection.from_blocks(blocks, block_size=config.block_size, context_length=context_length)
-        if self.flags.ranges_v2:
-            return selection
-        ranges = blocks_to_ranges_v1(blocks, config.block_size, selection.limits)
-        return Selection.from_ranges(ranges, context_length=context_length)
 
     def _path(
         self, query: Tensor, key: Tensor, value: Tensor, selection: Selection
@@ -280,7 +279,3 @@ class NSAAttention(nn.Module):
         choice = (self.dispatch_table or active_dispatch_table(query.device.type)).lookup(problem)
         adjusted = flags.adjust(choice.path, choice.parameters)
         return ("auto", None) if adjusted == choice.parameters else (choice.path, adjusted)
-
-    def _check(self, x: Tensor) -> None:
-        if x.dim() != 3 or x.shape[2] != self.config.dim or min(x.shape) < 1:
-            raise ArgumentError(f"x has shape {tuple(x.shape)}, expected (B, S, {self.config.dim}), B and S at least 1")

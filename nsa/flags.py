@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import msgspec
 
 from .errors import FlagError
+from .trace import ParameterValue
 
 FLAGS: dict[str, tuple[type, str]] = {
     "NSA_USE_SEL_VARLEN": (bool, "1 forces selection path varlen in every mode; wins over NSA_USE_SEL_PACK"),
@@ -61,10 +62,8 @@ class Flags(msgspec.Struct, frozen=True, kw_only=True):
     overridden: tuple[str, ...] = ()
     given: dict[str, str] = {}
 
-    def adjust(
-        self, path: str, parameters: Mapping[str, int | float | str | bool]
-    ) -> dict[str, int | float | str | bool]:
-        """The parameters of a path as the flags want them: with reserves, and without FlashAttention where disallowed."""
+    def adjust(self, path: str, parameters: Mapping[str, ParameterValue]) -> dict[str, ParameterValue]:
+        """The parameters of a path as the flags want them: with reserves, and without FlashAttention if disallowed."""
         backend = {"backend": "segment"} if path == "varlen" and not self.flash_attention else {}
         return {**parameters, **self.reserves.get(path, {}), **backend}
 

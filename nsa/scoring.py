@@ -4,9 +4,11 @@ Reads the compressed keys of ``nsa.compression`` and yields the block indices of
 by the tuner's ``scored`` pattern. Nothing here is differentiated. Chunked over queries, so memory is bounded.
 
 The choice must not depend on how a context was split into calls, though matrix products of other shapes round
-differently. So float32 and float64 are scored in float64 (the design asks for float32 at least; bfloat16 and float16
-are scored in float32), blocks are summed in one fixed order, so that structural ties (blocks under the same compressed
-tokens) are ties exactly, and scores that agree in 32 leading mantissa bits (2.3e-10) count as tied: the lower block.
+differently. So float32 and float64 are scored in float64 (the design asks for float32 at least; 16-bit types are scored
+in float32): between prefill and decode scores then differ by 4e-8 at most, in float32 by 2.5e-7, and a row's last
+chosen and first left-out score are closer than g with probability 25 g (measured: random layer, dim 256, 5244 rows).
+Blocks add their tokens in one fixed order, so structural ties (blocks under the same compressed tokens) are exact, and
+scores that agree to 32 mantissa bits (2.3e-10) count as tied, which keeps ties from repeated content: the lower block.
 """
 
 from __future__ import annotations
@@ -157,6 +159,7 @@ def _check_sizes(
     topk: int,
     positions: Tensor | None,
 ) -> None:
+    check_block_sizes(kernel_size, kernel_stride, block_size, topk)
     if query.dim() != 5 or compressed_key.dim() != 4:
         raise ArgumentError(
             "expected query (B, S, G, h, Dk) and compressed_key (B, G, N, Dk), got "
@@ -170,7 +173,10 @@ def _check_sizes(
             f"compressed_key has shape {tuple(compressed_key.shape)}, expected ({batch}, {groups}, at least {needed}, "
             f"{width}) for query {tuple(query.shape)} and a context of {context_length}"
         )
-    check_block_sizes(kernel_size, kernel_stride, block_size, topk)
+    if positions is not None and tuple(positions.shape) not in ((queries,), (batch, queries)):
+        raise ArgumentError(
+            f"positions must be (S,) = ({queries},) or (B, S) = ({batch}, {queries}), got {tuple(positions.shape)}"
+        )
     if positions is None and context_length < queries:
         raise ArgumentError(f"{queries} queries cannot be the last of a context of {context_length}; pass positions")
     if context_length > block_size << INDEX_BITS:

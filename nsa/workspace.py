@@ -1,7 +1,9 @@
 """Leaf. Workspace: buffers by role that grow, are reused, count and report.
 
-Capacity of a buffer is the most ever needed or reserved, not this call's need. Buffers hold no gradients: what backward
-needs is never one of them. Reserves and capacities count rows of ``width`` elements; bytes are always shown.
+Capacity of a buffer is the most ever needed or reserved, not this call's need; a buffer that must grow again at least
+doubles, so that a context that grows by one token a call does not re-allocate on every call. Buffers hold no
+gradients: what backward needs is never one of them. Reserves and capacities count rows of ``width`` elements; bytes
+are always shown.
 """
 
 from __future__ import annotations
@@ -73,10 +75,13 @@ class Workspace:
             )
         old = self._buffers.get(key)
         keep = old is not None and key in self._captured
+        doubled = 0 if old is None else 2 * old.numel()
         held = self.bytes - (0 if old is None or keep else old.nbytes)
         room = free_bytes(device) + (0 if old is None or keep else old.nbytes)
         if self.memory_limit_bytes is not None:
             room = min(room, self.memory_limit_bytes - held)
+        if doubled * dtype.itemsize <= room:
+            elements = max(elements, doubled)
         if wanted > room:
             raise ReserveError(
                 f"buffer {role!r} asked for {wanted} bytes ({wanted / 2**30:.2f} GiB), {max(room, 0)} bytes "

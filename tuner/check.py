@@ -74,7 +74,8 @@ class Checker:
                 self._reserves(path, call)
                 check_growth(call, self.inputs, self.new_workspace)
                 self._awkward(path, parameters, call)
-        if self.gradients is not None:
+        if self.problem.mode == "train":
+            self.gradients = self.gradients or GradientOracle(self.inputs, self.scale)
             self.gradients.compare(call, self.new_workspace())
         return Checked(error, self.oracle.bound)
 

@@ -81,19 +81,23 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Padded:
-    """A call with units of extra work spread evenly over a sample's calls; every timed call is one, most have none."""
+    """A call, and units of extra work after the last of each sample's calls: one everywhere, more in injected lanes.
+
+    The first unit also pays for leaving and entering the caches; as every sample has it, that cancels in a ratio.
+    """
 
     def __init__(self, side: LoadedSide, scenario: Scenario, call: Call) -> None:
         self.side, self.scenario, self.call = side, scenario, call
-        self.unit, self.units, self.calls, self.turn = call, 0, 1, 0
+        self.unit, self.extra, self.calls, self.turn = call, 0, 1, 0
 
     def __call__(self) -> None:
         """One call of ``calls``."""
         self.call()
-        turn = self.turn
-        for _ in range(self.units * (turn + 1) // self.calls - self.units * turn // self.calls):
-            self.unit()
-        self.turn = (turn + 1) % self.calls
+        self.turn += 1
+        if self.turn == self.calls:
+            self.turn = 0
+            for _ in range(1 + self.extra):
+                self.unit()
 
 
 class Stand:
@@ -131,20 +135,22 @@ class Stand:
     def _inject(self) -> dict[str, float]:
         """Choose the unit of work and how many of it make 1 % and 4 % of a sample; lane -> the calibrated share."""
         plain, loaded = self.lanes["aa"]
-        sample_us = min(self.sample(plain) for _ in range(CALIBRATIONS)) * self.calls
+        sample_us = min(self.sample(plain) for _ in range(CALIBRATIONS)) * self.calls  # a guess, to size the unit
         finest_us = INJECTED["slow_1"] * sample_us / UNITS_AT_LEAST
         key, rows = self.case.key, 1
         while rows < key.shape[2] and self._alone_us(Unit(key, 2 * rows)) < finest_us:
             rows *= 2
         unit = Unit(key, rows)
-        loaded.unit, loaded.units = unit, max(1, round(0.5 * sample_us / self._alone_us(unit)))
+        for call in (call for pair in self.lanes.values() for call in pair):
+            call.unit = unit
+        loaded.extra = max(1, round(0.5 * sample_us / self._alone_us(unit)))
         measured = [self.pair("aa", base_first=turn % 2 == 0) for turn in range(CALIBRATIONS)]
-        added = statistics.median(other_us - base_us for base_us, other_us in measured)
-        unit_us = max(added * self.calls / loaded.units, 1e-3)
+        added_us = statistics.median(other - base for base, other in measured) * self.calls
+        unit_us = max(added_us / loaded.extra, 1e-3)
+        base_us = statistics.median(base for base, _ in measured) * self.calls
         for lane, share in INJECTED.items():
-            slowed = self.lanes[lane][1]
-            slowed.unit, slowed.units = unit, round(share * sample_us / unit_us)
-        return {lane: self.lanes[lane][1].units * unit_us / sample_us for lane in INJECTED}
+            self.lanes[lane][1].extra = round(share * base_us / unit_us)
+        return {lane: self.lanes[lane][1].extra * unit_us / base_us for lane in INJECTED}
 
     def _alone_us(self, unit: Call) -> float:
         return max(min(self.watch.sample_us(unit, 20) for _ in range(CALIBRATIONS)), 1e-3)

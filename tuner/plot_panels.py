@@ -34,6 +34,7 @@ from tuner.plot_style import (
 from tuner.reserves import ReservePanel, Rung
 
 PANEL_IN = 2.55
+FLOOR_BELOW = 5.0  # times below the fastest sample; a floor further down is told, so that the paths stay apart
 LABEL_GAP_PT = 10.0
 
 Labels = Mapping[Family, str]
@@ -121,7 +122,8 @@ def _latency_panel(axes: Axes, panel: LatencyPanel, styles: Mapping[str, PathSty
         axes.plot(*zip(*panel.floor, strict=True), color=GREY, linestyle=(0, (1, 2)), marker="_", zorder=1)
     everything = [point for points in panel.lines.values() for point in points]
     contexts = sorted({point.T for point in everything} | {T for T, _ in panel.floor})
-    low = min([point.low_us for point in everything] + [us for _, us in panel.floor])
+    lowest = min(point.low_us for point in everything)
+    low = max(min([lowest, *(us for _, us in panel.floor)]), lowest / FLOOR_BELOW)
     high = max(point.high_us for point in everything)
     pad = max(1.15, (contexts[-1] / contexts[0]) ** 0.05)
     axes.set_xlim(contexts[0] / pad, contexts[-1] * pad)
@@ -147,7 +149,9 @@ def _latency_line(axes: Axes, points: Sequence[LatencyPoint], style: PathStyle) 
 def _label_lines(figure: Figure, axes: Axes, panel: LatencyPanel, styles: Mapping[str, PathStyle]) -> None:
     """Each line's name right of the axes, kept apart, with a leader to the line's last point."""
     ends = [(path, points[-1].T, points[-1].median_us, styles[path].colour) for path, points in panel.lines.items()]
-    ends += [("floor", *point, GREY) for point in panel.floor[-1:]]
+    bottom = axes.get_ylim()[0]
+    for T, us in panel.floor[-1:]:
+        ends.append(("floor" if us >= bottom else f"floor: {time_text(us)}", T, max(us, bottom), GREY))
     to_axes = axes.transData + axes.transAxes.inverted()
     wanted = [float(to_axes.transform((T, us))[1]) for _, T, us, _ in ends]
     right = offset_copy(axes.transAxes, fig=figure, x=12, units="points")
@@ -168,7 +172,7 @@ def reserve_figure(
     caption = (
         "A mark per reserve, along one sequence of calls with growing, alternating and shrinking context. Number: "
         "growths after the first call. Line and filled marks: Pareto set of bytes and p99. Ring: smallest reserve with "
-        f"no growth. p99 is a call that was measured, the slowest one of fewer than 100 (here {calls_text(panels)})."
+        f"no growth. p99 is a measured call, the slowest of fewer than 100. Calls a mark: {calls_text(panels)}."
     )
     figure, grid = _grid("What workspace reserves cost and buy", subtitle, caption, len(panels))
     for axes, panel in zip(grid, panels, strict=False):
@@ -184,9 +188,9 @@ def reserve_figure(
 
 
 def calls_text(panels: Sequence[ReservePanel]) -> str:
-    """How many calls the sequences had: "16 calls", "16 to 160 calls", "no calls"."""
+    """How many calls the sequences had: "16", "16 to 160", "none"."""
     counts = sorted({rung.calls for panel in panels for rung in panel.rungs})
-    return f"{' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} calls" if counts else "no calls"
+    return " to ".join(map(str, dict.fromkeys((counts[0], counts[-1])))) if counts else "none"
 
 
 def _reserve_panel(axes: Axes, panel: ReservePanel, style: PathStyle, problem: Sequence[Rung]) -> None:
@@ -210,6 +214,6 @@ def _reserve_panel(axes: Axes, panel: ReservePanel, style: PathStyle, problem: S
         side, where = (-9, "right") if rung.growths else (9, "left")
         text = f"{rung.growths} growth{'s' * (rung.growths > 1)}" if rung.growths else "0"
         axes.annotate(text, place, (side, 0), textcoords="offset points", ha=where, va="center", fontsize=SMALL_PT)
-    put_ticks(axes, "x", byte_ticks(left, right, 4), byte_text)
+    put_ticks(axes, "x", byte_ticks(left, right, 4), lambda size: byte_text(size) if size > 1 else "0")
     put_ticks(axes, "y", series(low, high), time_text)
     axes.set_ylabel("p99 latency per call (log)")

@@ -34,6 +34,7 @@ COMMITS_LABELLED = 48
 NOTES = 14
 FEW = 9  # commits whose names fit side by side
 NAME_ROOM = 0.1  # of a panel's width, for a commit's name
+OUTLIER_ROOM = 0.3  # of the other ratios' range in log
 STRIP = 0.35  # of a panel's height, below, for verdicts that are no judgement of time
 MARKS = {
     "slower": ("^", VERMILION, VERMILION),
@@ -99,12 +100,13 @@ def notes(panels: Iterable[RegressionPanel]) -> list[str]:
 def _panel(axes: Axes, panel: RegressionPanel, commits: Sequence[str]) -> None:
     axes.set_yscale("log")
     words = [(place, point) for place, point in panel.points if point.verdict not in MARKS]
-    axes.set_ylim(panel.low / (panel.high / panel.low) ** (STRIP / (1 - STRIP) if words else 0), panel.high)
+    low, high = frame(panel)
+    axes.set_ylim(low / (high / low) ** (STRIP / (1 - STRIP) if words else 0), high)
     axes.set_xlim(-0.7, len(commits) - 0.3)
     axes.axhline(1.0, color=BLACK, linewidth=0.7)
     _levels(axes, panel, commits)
     for place, point in panel.points:
-        _point(axes, place, point, panel)
+        _point(axes, place, point, low, high)
     _words(axes, words, turned=len(commits) > FEW)
     last = panel.points[-1][1]
     now = f", {percent_text(last.ratio)}" if last.ratio is not None else ""
@@ -113,6 +115,14 @@ def _panel(axes: Axes, panel: RegressionPanel, commits: Sequence[str]) -> None:
     axes.set_title(f"{last.commit[:7]}: {last.verdict}{now}", loc="right", fontsize=SMALL_PT, pad=pad)
     put_ticks(axes, "y", ratio_ticks(panel.low, panel.high, 5), percent_text)
     axes.set_ylabel("time against\nthe anchor (log)")
+
+
+def frame(panel: RegressionPanel) -> tuple[float, float]:
+    """The panel's ratios, with room at the edge where an outlier stands with its ratio in words."""
+    ratios = [point.ratio for _, point in panel.points if point.ratio is not None]
+    room = (panel.high / panel.low) ** OUTLIER_ROOM
+    below, above = any(ratio < panel.low for ratio in ratios), any(ratio > panel.high for ratio in ratios)
+    return panel.low / (room if below else 1.0), panel.high * (room if above else 1.0)
 
 
 def _levels(axes: Axes, panel: RegressionPanel, commits: Sequence[str]) -> None:
@@ -132,17 +142,17 @@ def _levels(axes: Axes, panel: RegressionPanel, commits: Sequence[str]) -> None:
             named = level.first
 
 
-def _point(axes: Axes, place: int, point: RegressionPoint, panel: RegressionPanel) -> None:
+def _point(axes: Axes, place: int, point: RegressionPoint, bottom: float, top: float) -> None:
     if point.ratio is None:
         if point.verdict in MARKS:
             marker, colour, inside = MARKS[point.verdict]
-            axes.plot(place, panel.low, marker=marker, color=colour, markerfacecolor=inside, clip_on=False)
-            axes.annotate("no ratio", (place, panel.low), (0, 6), textcoords="offset points", ha="center")
+            axes.plot(place, bottom, marker=marker, color=colour, markerfacecolor=inside, clip_on=False)
+            axes.annotate("no ratio", (place, bottom), (0, 6), textcoords="offset points", ha="center")
         return
     marker, colour, inside = MARKS.get(point.verdict, ("x", BLACK, BLACK))
-    shown = min(max(point.ratio, panel.low), panel.high)
-    low = max(point.ratio_low, panel.low)
-    high = panel.high if point.ratio_high is None else min(point.ratio_high, panel.high)
+    shown = min(max(point.ratio, bottom), top)
+    low = max(point.ratio_low, bottom)
+    high = top if point.ratio_high is None else min(point.ratio_high, top)
     if low < high:
         axes.vlines(place, low, high, color=colour, linewidth=0.9)
     axes.plot(place, shown, marker=marker, color=colour, markerfacecolor=inside, clip_on=False)

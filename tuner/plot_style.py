@@ -196,8 +196,8 @@ def time_text(us: float) -> str:
     """Microseconds with the unit that reads best: "0.5 µs", "200 µs", "5 ms", "2 s"."""
     for unit, size in (("s", 1e6), ("ms", 1e3)):
         if us >= size:
-            return f"{us / size:.4g} {unit}"
-    return f"{us:.4g} µs"
+            return f"{us / size:.3g} {unit}"
+    return f"{us:.3g} µs"
 
 
 def context_text(keys: float) -> str:

@@ -1,6 +1,6 @@
 """PATHS: every way to run selection, by name. A literal; a new path is a new file and a new entry."""
 
-from . import dense, flex, gather, packed, reference, varlen
+from . import dense, flex, gather, packed, reference, triton_block, triton_decode, triton_token, triton_union, varlen
 from .base import Candidate, Evidence, Parameter, SelectionPath
 
 __all__ = ["PATHS", "Candidate", "Evidence", "Parameter", "SelectionPath"]
@@ -67,5 +67,45 @@ PATHS: dict[str, SelectionPath] = {
         tunables=flex.tunables,
         unsupported=flex.unsupported,
         evidence=flex.evidence,
+    ),
+    "triton_token": SelectionPath(
+        name="triton_token",
+        target=".triton_token:run",
+        summary="one Triton program per token and group",
+        modes=("decode", "prefill", "train"),
+        deterministic=True,
+        tunables=triton_token.tunables,
+        unsupported=triton_token.unsupported,
+        evidence=triton_token.evidence,
+    ),
+    "triton_union": SelectionPath(
+        name="triton_union",
+        target=".triton_union:run",
+        summary="one Triton program per tile of neighbouring tokens, against the union of their blocks",
+        modes=("prefill", "train"),
+        deterministic=True,
+        tunables=triton_union.tunables,
+        unsupported=triton_union.unsupported,
+        evidence=triton_union.evidence,
+    ),
+    "triton_block": SelectionPath(
+        name="triton_block",
+        target=".triton_block:run",
+        summary="one Triton program per block and rows that chose it, partials merged per row",
+        modes=("prefill", "train"),
+        deterministic=True,
+        tunables=triton_block.tunables,
+        unsupported=triton_block.unsupported,
+        evidence=triton_block.evidence,
+    ),
+    "triton_decode": SelectionPath(
+        name="triton_decode",
+        target=".triton_decode:run",
+        summary="split-K in Triton, combined by the last program of a row",
+        modes=("decode", "prefill", "train"),
+        deterministic=True,
+        tunables=triton_decode.tunables,
+        unsupported=triton_decode.unsupported,
+        evidence=triton_decode.evidence,
     ),
 }
