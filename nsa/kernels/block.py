@@ -201,7 +201,7 @@ def forward(
     part_rows = held * lists.span_tokens * slots * heads
     part = scratch(workspace, "triton_block.part", part_rows, width, partial_dtype(str(partial), value), device)
     stat = scratch(workspace, "triton_block.stat", part_rows, 1, torch.float32, device)
-    merge_tokens = max(1, 64 // padded)
+    merge_tokens = max(1, 32 // padded)
     merges = triton.cdiv(lists.span_tokens, merge_tokens)
     delay = 1
     sources = key_sources(key, value, selection, constants, str(loads))

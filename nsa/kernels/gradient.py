@@ -205,12 +205,12 @@ def backward(
     logsum: Tensor,
     grad: Tensor,
     *,
-    backward_rows: ParameterValue,
-    backward_item_rows: ParameterValue,
-    backward_span: ParameterValue,
-    backward_partial: ParameterValue,
-    backward_warps: ParameterValue,
-    backward_stages: ParameterValue,
+    backward_rows: ParameterValue = 64,
+    backward_item_rows: ParameterValue = 2048,
+    backward_span: ParameterValue = 16384,
+    backward_partial: ParameterValue = "value",
+    backward_warps: ParameterValue = 8,
+    backward_stages: ParameterValue = 2,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; ``out`` (B, S, G, h, Dv) and ``logsum`` (B, S, G, h) are the forward's."""
     batch, queries, groups, heads, width = query.shape
@@ -319,7 +319,12 @@ def attention(
     launch: Forward,
     parameters: dict[str, ParameterValue],
 ) -> Tensor:
-    """``launch(query, key, value, selection, scale, logsum or None)``, differentiable where gradients are wanted."""
+    """``launch(query, key, value, selection, scale, logsum or None)``, differentiable where gradients are wanted.
+
+    Kernels take the largest raw score for the largest scaled one, so a negative scale moves into the query.
+    """
+    if scale < 0:
+        query, scale = -query, -scale
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         out: Tensor = SelectionFunction.apply(query, key, value, selection, scale, launch, parameters)  # type: ignore[no-untyped-call]
         return out

@@ -1,0 +1,139 @@
+"""Leaf. Where the Triton paths can run, and what they share as descriptions. Imports no Triton by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib.util import find_spec
+from typing import TypedDict
+
+import torch
+
+from ..problem import SelectionProblem
+from ..trace import ParameterValue
+
+SHARED_BYTES = 232_448
+"""Shared memory that one program can have on sm_90."""
+BACKWARD_PARAMETERS = (
+    "backward_rows",
+    "backward_item_rows",
+    "backward_span",
+    "backward_partial",
+    "backward_warps",
+    "backward_stages",
+)
+KERNELS = {
+    "triton_token": r"^nsa_token_forward$",
+    "triton_union": r"^nsa_union_forward$",
+    "triton_block": r"^nsa_block_forward$",
+    "triton_decode": r"^nsa_decode_forward$",
+}
+"""The kernel by which each path is recognised. A profiler shows a Triton function under its own name."""
+
+
+class Ladder(TypedDict):
+    """What a path needs for ``paths.base.Parameter``, which this leaf does not import."""
+
+    name: str
+    ladder: tuple[ParameterValue, ...]
+    default: ParameterValue
+
+
+def common_reason(path: str, problem: SelectionProblem, device: torch.device) -> str | None:
+    """Why no Triton path can run the problem on the device; None if some can."""
+    if find_spec("triton") is None:
+        return f"{path} needs the package triton"
+    if problem.form != "blocks":
+        return "needs blocks"
+    if problem.dtype == "float64":
+        return f"{path} has no float64"
+    if problem.block_size not in (16, 32, 64, 128):
+        return f"{path} needs a block_size of 16, 32, 64 or 128, got {problem.block_size}"
+    if max(problem.Dk, problem.Dv) > 256:
+        return f"{path} needs head dims up to 256, got {problem.Dk} and {problem.Dv}"
+    if problem.topk > 64:
+        return f"{path} needs a topk up to 64, got {problem.topk}"
+    if problem.h > 64:
+        return f"{path} needs up to 64 query heads per group, got {problem.h}"
+    if device.type == "cuda":
+        return capability_reason(path, torch.cuda.current_device() if device.index is None else device.index)
+    if device.type == "cpu" and interpreted():
+        return None
+    return f"{path} needs a CUDA device, or Triton's interpreter on a CPU"
+
+
+@cache
+def capability_reason(path: str, index: int) -> str | None:
+    """Why the CUDA device is too old; None if it is not."""
+    capability = torch.cuda.get_device_capability(index)
+    return None if capability >= (8, 0) else f"{path} needs compute capability 8.0, got {capability}"
+
+
+@cache
+def interpreted() -> bool:
+    """Whether Triton functions of this process run in its interpreter: asked of one of them, not of the environment."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpretedFunction
+
+    return isinstance(tl.cdiv, InterpretedFunction)
+
+
+def loads_reason(path: str, loads: str, problem: SelectionProblem, device: torch.device) -> str | None:
+    """Why key and value blocks cannot be loaded like that; None if they can. Strides are the call's to check."""
+    if loads == "pointer":
+        return None
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+        return f"{path} with descriptor loads needs compute capability 9.0"
+    if problem.Dk * problem.item_bytes % 16 or problem.Dv * problem.item_bytes % 16:
+        return f"{path} with descriptor loads needs head dims of a multiple of 16 bytes"
+    return None
+
+
+def shared_reason(path: str, needed: int) -> str | None:
+    """Why a program of about ``needed`` bytes of shared memory cannot start; None if it can."""
+    if needed <= SHARED_BYTES:
+        return None
+    return f"{path} with these parameters needs about {needed} bytes of shared memory, {SHARED_BYTES} are there"
+
+
+def padded(size: int, least: int = 1) -> int:
+    """The smallest power of two that is at least ``size`` and ``least``."""
+    return max(least, 1 << (size - 1).bit_length())
+
+
+def block_bytes(problem: SelectionProblem) -> int:
+    """Bytes of one block's keys and values as kernels hold them."""
+    return problem.block_size * (padded(problem.Dk, 16) + padded(problem.Dv, 16)) * problem.item_bytes
+
+
+def backward_ladders(problem: SelectionProblem) -> list[Ladder]:
+    """The tunables of the common backward, for problems of mode ``train``."""
+    if problem.mode != "train":
+        return []
+    wide = problem.dtype == "float32"
+    return [
+        {"name": "backward_rows", "ladder": (32, 64, 128), "default": 32 if wide else 64},
+        {"name": "backward_item_rows", "ladder": (1024, 2048, 4096), "default": 2048},
+        {"name": "backward_span", "ladder": (0, 4096, 16384, 65536), "default": 16384},
+        {"name": "backward_partial", "ladder": ("value", "float32"), "default": "value"},
+        {"name": "backward_warps", "ladder": (4, 8), "default": 8},
+        {"name": "backward_stages", "ladder": (1, 2, 3), "default": 1 if wide else 2},
+    ]
+
+
+def backward_reason(path: str, problem: SelectionProblem, parameters: Mapping[str, ParameterValue]) -> str | None:
+    """Why the common backward cannot run with these parameters; None if it can, or is not asked for."""
+    if problem.mode != "train":
+        return None
+    rows = max(int(parameters.get("backward_rows", 64)), padded(problem.h))
+    stages = int(parameters.get("backward_stages", 2))
+    row_bytes = (padded(problem.Dk, 16) + padded(problem.Dv, 16)) * problem.item_bytes
+    return shared_reason(
+        path + " backward", block_bytes(problem) + stages * rows * row_bytes + 2 * rows * problem.block_size * 4
+    )
+
+
+def forbidden(path: str) -> tuple[str, ...]:
+    """What must not be seen while ``path`` runs: the other Triton paths and every library attention."""
+    others = tuple(pattern for name, pattern in KERNELS.items() if name != path)
+    return (*others, r"^aten::scaled_dot_product_attention$", r"flash_attn", r"^aten::_local_scalar_dense$")

@@ -1,0 +1,75 @@
+"""Path ``triton_token``: one Triton program per token and group, its heads against its own blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..kernels import support
+from ..problem import SelectionProblem
+from ..selection import Selection
+from ..trace import ParameterValue, executed
+from ..workspace import Workspace
+from .base import Evidence, Parameter, Parameters
+
+
+def tunables(problem: SelectionProblem, device: torch.device) -> tuple[Parameter, ...]:
+    """``warps`` and ``stages`` of the kernel; ``order``: which neighbours run together, tokens of one ``group`` or
+    groups of one ``token``; ``loads`` of keys and values; in mode train the backward's."""
+    descriptor = support.loads_reason("triton_token", "descriptor", problem, device) is None
+    return (
+        Parameter("warps", (1, 2, 4, 8), 4),
+        Parameter("stages", (2, 3, 4), 2),
+        Parameter("order", ("group", "token"), "group"),
+        Parameter("loads", ("pointer", "descriptor") if descriptor else ("pointer",), "pointer"),
+        *(Parameter(**ladder) for ladder in support.backward_ladders(problem)),
+    )
+
+
+def unsupported(problem: SelectionProblem, device: torch.device, parameters: Parameters) -> str | None:
+    """Blocks, head dims up to 256, a GPU from compute capability 8.0 on or Triton's interpreter."""
+    if reason := support.common_reason("triton_token", problem, device):
+        return reason
+    if reason := support.loads_reason("triton_token", str(parameters.get("loads", "pointer")), problem, device):
+        return reason
+    needed = int(parameters.get("stages", 2)) * support.block_bytes(problem)
+    return support.shared_reason("triton_token", needed) or support.backward_reason(
+        "triton_token", problem, parameters
+    )
+
+
+def evidence(
+    problem: SelectionProblem, device: torch.device, parameters: Parameters, lengths: Sequence[int]
+) -> Evidence:
+    """One launch of its kernel; the interpreter leaves no trace."""
+    required = {support.KERNELS["triton_token"]: 1} if device.type == "cuda" else {}
+    return Evidence(required=required, forbidden=support.forbidden("triton_token"))
+
+
+def run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selection: Selection,
+    *,
+    scale: float,
+    workspace: Workspace | None = None,
+    warps: ParameterValue = 4,
+    stages: ParameterValue = 2,
+    order: ParameterValue = "group",
+    loads: ParameterValue = "pointer",
+    **backward: ParameterValue,
+) -> Tensor:
+    """Selection attention, token by token. Shapes as in ``nsa.problem``."""
+    from ..kernels import gradient, token  # Triton, loaded when first run
+
+    parameters = {"warps": warps, "stages": stages, "order": order, "loads": loads}
+
+    def launch(q: Tensor, k: Tensor, v: Tensor, chosen: Selection, factor: float, logsum: Tensor | None) -> Tensor:
+        return token.forward(q, k, v, chosen, factor, logsum, **parameters)
+
+    out = gradient.attention(query, key, value, selection, scale, launch, backward)
+    executed("selection", "triton_token", {**parameters, **backward})
+    return out

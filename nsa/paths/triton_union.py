@@ -1,0 +1,92 @@
+"""Path ``triton_union``: one Triton program per tile of neighbouring tokens, against the union of their blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..kernels import support
+from ..problem import SelectionProblem
+from ..selection import Selection
+from ..trace import ParameterValue, executed
+from ..workspace import Workspace
+from .base import Evidence, Parameter, Parameters
+
+
+def tunables(problem: SelectionProblem, device: torch.device) -> tuple[Parameter, ...]:
+    """``tokens`` per tile; ``warps`` and ``stages`` of the kernel; ``loads`` of keys and values; in mode train the
+    backward's. Sizes that cannot be stand on no ladder: a tile has 16 to 128 query x head rows and up to 128 slots."""
+    descriptor = support.loads_reason("triton_union", "descriptor", problem, device) is None
+    tokens = tile_ladder(problem)
+    default = min(tokens, key=lambda size: abs(size * support.padded(problem.h) - 64)) if tokens else 1
+    return (
+        Parameter("tokens", tokens or (1,), default),
+        Parameter("warps", (2, 4, 8), 4),
+        Parameter("stages", (2, 3, 4), 2),
+        Parameter("loads", ("pointer", "descriptor") if descriptor else ("pointer",), "pointer"),
+        *(Parameter(**ladder) for ladder in support.backward_ladders(problem)),
+    )
+
+
+def tile_ladder(problem: SelectionProblem) -> tuple[int, ...]:
+    """Tokens of a tile: 16 to 128 rows, at most 128 slots, and at least two tokens."""
+    heads, slots = support.padded(problem.h), support.padded(problem.topk)
+    return tuple(size for size in (2, 4, 8, 16) if 16 <= size * heads <= 128 and size * slots <= 128)
+
+
+def unsupported(problem: SelectionProblem, device: torch.device, parameters: Parameters) -> str | None:
+    """As ``triton_token``, and several tokens that fit a tile."""
+    if reason := support.common_reason("triton_union", problem, device):
+        return reason
+    ladder = tile_ladder(problem)
+    tokens = int(parameters.get("tokens", ladder[0] if ladder else 1))
+    if tokens not in ladder:
+        return (
+            f"triton_union cannot tile {tokens} tokens of {problem.h} heads and {problem.topk} slots; "
+            f"a tile has 16 to 128 rows and up to 128 slots, which leaves {list(ladder)}"
+        )
+    if reason := support.loads_reason("triton_union", str(parameters.get("loads", "pointer")), problem, device):
+        return reason
+    rows = tokens * support.padded(problem.h)
+    needed = int(parameters.get("stages", 2)) * support.block_bytes(problem)
+    needed += rows * support.padded(problem.Dk, 16) * problem.item_bytes
+    return support.shared_reason("triton_union", needed) or support.backward_reason(
+        "triton_union", problem, parameters
+    )
+
+
+def evidence(
+    problem: SelectionProblem, device: torch.device, parameters: Parameters, lengths: Sequence[int]
+) -> Evidence:
+    """One launch of its kernel; the interpreter leaves no trace."""
+    required = {support.KERNELS["triton_union"]: 1} if device.type == "cuda" else {}
+    return Evidence(required=required, forbidden=support.forbidden("triton_union"))
+
+
+def run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selection: Selection,
+    *,
+    scale: float,
+    workspace: Workspace | None = None,
+    tokens: ParameterValue = 4,
+    warps: ParameterValue = 4,
+    stages: ParameterValue = 2,
+    loads: ParameterValue = "pointer",
+    **backward: ParameterValue,
+) -> Tensor:
+    """Selection attention, tile by tile. Shapes as in ``nsa.problem``."""
+    from ..kernels import gradient, union  # Triton, loaded when first run
+
+    parameters = {"tokens": tokens, "warps": warps, "stages": stages, "loads": loads}
+
+    def launch(q: Tensor, k: Tensor, v: Tensor, chosen: Selection, factor: float, logsum: Tensor | None) -> Tensor:
+        return union.forward(q, k, v, chosen, factor, logsum, **parameters)
+
+    out = gradient.attention(query, key, value, selection, scale, launch, backward)
+    executed("selection", "triton_union", {**parameters, **backward})
+    return out
