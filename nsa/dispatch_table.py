@@ -201,9 +201,10 @@ class DispatchTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 def default_candidate(problem: SelectionProblem, kind: str) -> Candidate:
-    """The literal default of a device kind and mode, at its default parameters."""
+    """The literal default of a device kind and mode, at its default parameters, reserves left to the caller."""
     path = DEFAULT_PATHS[kind, problem.mode]
-    return Candidate(path=path, parameters=PATHS[path].defaults(problem, torch.device(kind)))
+    items = PATHS[path].tunables(problem, torch.device(kind))
+    return Candidate(path=path, parameters={item.name: item.default for item in items if not item.reserve})
 
 
 def _family(problem: SelectionProblem) -> tuple[Any, ...]:

@@ -44,7 +44,7 @@ class SweepOptions(msgspec.Struct, frozen=True, kw_only=True):
 def sweep(options: SweepOptions) -> None:
     """Run a sweep, write the table, draw the figures, and say what the runtime will now do."""
     definition, device, paths = resolve(options)
-    errors, out = Console(stderr=True, soft_wrap=True), Console()
+    errors, out = Console(stderr=True, soft_wrap=True), results_console()
     with report.LiveProgress(errors) as listener:
         search = Search(
             definition, out=options.out, device=device, commit=options.commit,
@@ -72,11 +72,18 @@ def sweep(options: SweepOptions) -> None:
         out.print(report.outcome_table(records))
         if entries:
             out.print()
-            out.print(report.evidence_table(entries, "What the runtime will now take, by how much, how sure", kind))
+            out.print("What the runtime will now take, by how much, how sure:")
+            out.print(report.evidence_tables(entries, kind))
     errors.print(f"records  {folder.path}\nfigures  {folder.path / 'figures'}")
     for path, table in tables:
         errors.print(f"table    {path} ({report.table_summary(table)})")
     errors.print("next     nsa-tune show    nsa-tune doctor    nsa-tune plot    (in Python: nsa.selection_attention)")
+
+
+def results_console() -> Console:
+    """Stdout; not narrower than the tables where it is a file or a pipe."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=130)
 
 
 def write_tables(
@@ -183,12 +190,12 @@ def show(path: Path | None, *, json: bool) -> None:
     if json:
         sys.stdout.buffer.write(table.encode())
         return
-    out = Console()
+    out = results_console()
     out.print(f"{path or 'in force here: tier ' + table.__dict__['tier']}: {report.table_summary(table)}")
     if not table.entries:
         out.print("no entries: every call takes its default path; run 'nsa-tune sweep' to measure this machine")
         return
-    out.print(report.evidence_table(table.entries, "Picks", table.device.kind))
+    out.print(report.evidence_tables(table.entries, table.device.kind))
     worst = max(table.entries, key=lambda entry: entry.oracle_error / entry.oracle_bound)
     out.print(
         "oracle: every pick within its derived bound, "

@@ -59,7 +59,7 @@ def draw_run(
             written += save(drawn.figure, out, drawn.name)
             gallery.append(drawn)
     readme = out / "README.md"
-    write_whole(readme, gallery_text(gallery, environment).encode())
+    write_whole(readme, gallery_text(gallery, environment, folder.path).encode())
     return [*written, readme]
 
 
@@ -101,12 +101,16 @@ def origin(environment: Environment) -> str:
     )
 
 
-def gallery_text(gallery: Sequence[Sheet], environment: Environment) -> str:
-    """The gallery's Markdown: each figure with what it shows and the command, run, commit and device behind it."""
+def gallery_text(gallery: Sequence[Sheet], environment: Environment, run: Path) -> str:
+    """The gallery's Markdown: each figure with what it shows and the command, run, commit and device behind it.
+
+    ``run``: the run's folder, shown relative to the working directory where it lies below.
+    """
+    shown = run.resolve().relative_to(Path.cwd()) if run.resolve().is_relative_to(Path.cwd()) else run
     sweep, effort = environment.sweep.get("name", ""), environment.sweep.get("effort", "quick")
     made = (
         f"| command | run | commit | device |\n|---|---|---|---|\n"
-        f"| `{environment.tool} {sweep} --effort {effort}`, then `nsa-tune plot {environment.run_id}` "
+        f"| `{environment.tool} {sweep} --effort {effort}`, then `nsa-tune plot {shown}` "
         f"| `{environment.run_id}` | `{environment.commit}` "
         f"| {environment.device.get('name')} (`{environment.device.get('slug')}`) |\n"
     )

@@ -71,7 +71,7 @@ def latency_caption(panels: Sequence[LatencyPanel], rates: Rates | None) -> str:
         return text + "No floor line: no peak rates are known for this device."
     text += (
         f"Dotted: floor, the larger of needed operations at {rates.flops_per_s / 1e12:.4g} TFLOP/s and needed bytes at "
-        f"{rates.bytes_per_s / 1e12:.3g} TB/s."
+        f"{rates.bytes_per_s / 1e12:.3g} TB/s; in words, at the largest context, where it lies below the frame."
     )
     hot = any("hot cache" in panel.family for panel in panels)
     return text + (" With a hot cache bytes may come faster than that." if hot else "")

@@ -29,7 +29,8 @@ from tuner.plot_style import (
     wrapped,
 )  # fmt: skip
 
-CELL_IN, ROW_IN, LABELS_IN = 1.15, 0.62, 1.6
+CELL_IN, ROW_IN, LABELS_IN = 1.12, 0.62, 1.6
+BLOCK = 5  # contexts that fit the page side by side
 LINE_IN = 0.15
 COLUMNS = {34: "pairs", 84: "E"}  # right edges, in points from the axes; a fixed width, so that the layout settles
 BEYOND = 4.0  # an interval is drawn to this factor beyond the ratios shown, then it ends in an arrow
@@ -38,24 +39,28 @@ Labels = Mapping[Family, str]
 
 
 def winners_figure(picks: Sequence[PickInfo], labels: Labels, subtitle: str, styles: Mapping[str, PathStyle]) -> Figure:
-    """Families down, contexts across: the path that the table names, its ratio and how sure that is."""
+    """Families down, contexts across, five to a block: the path that the table names, its ratio and how sure it is."""
     contexts = sorted({pick.T for pick in picks})
+    blocks = [contexts[start : start + BLOCK] for start in range(0, len(contexts), BLOCK)]
     families = list(dict.fromkeys(pick.family for pick in picks))
-    size = (max(5.0, LABELS_IN + CELL_IN * len(contexts)), 1.9 + ROW_IN * len(families))
     caption = (
         "Filled: certified. Hatched: the default stays by a tie, nothing being certified against it. White: nothing "
         "to compare with. Ratio: time over the default's; where the default stays, over its runner-up's."
     )
-    figure = sheet("Which path the table names", subtitle, caption, size)
-    axes = figure.subplots()
-    for pick in picks:
-        _cell(axes, contexts.index(pick.T), families.index(pick.family), pick, styles[pick.pick.path])
-    axes.set_xlim(-0.5, len(contexts) - 0.5)
-    axes.set_ylim(len(families) - 0.5, -0.5)
-    axes.set_xticks(range(len(contexts)), [context_text(T) for T in contexts])
-    axes.set_yticks(range(len(families)), [wrapped(labels[family], LABELS_IN) for family in families])
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
+    width = max(5.0, LABELS_IN + CELL_IN * len(blocks[0]))
+    figure = sheet(
+        "Which path the table names", subtitle, caption, (width, 1.5 + (0.4 + ROW_IN * len(families)) * len(blocks))
+    )
+    for axes, block in zip(figure.subplots(len(blocks), 1, squeeze=False)[:, 0], blocks, strict=True):
+        for pick in picks:
+            if pick.T in block:
+                _cell(axes, block.index(pick.T), families.index(pick.family), pick, styles[pick.pick.path])
+        axes.set_xlim(-0.5, len(blocks[0]) - 0.5)
+        axes.set_ylim(len(families) - 0.5, -0.5)
+        axes.set_xticks(range(len(block)), [context_text(T) for T in block])
+        axes.set_yticks(range(len(families)), [wrapped(labels[family], LABELS_IN) for family in families])
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
     axes.set_xlabel("context T (keys; 1k = 1024)")
     return figure
 
@@ -101,19 +106,24 @@ def evidence_figure(
     axes.axvline(1.0, color=BLACK, linewidth=0.8)
     for pick, place in zip(picks, rows, strict=True):
         _evidence_row(axes, place, pick, styles[pick.pick.path], low, high)
-    axes.set_yticks([*rows, *heads], [*names, *(wrapped(labels[family], 2.3) for family in heads.values())])
+    put_ticks(axes, "x", ratio_ticks(low, high), ratio_text)
+    axes.set_xlabel("time of the pick / time of what it is compared with (log; left of 1 the pick is faster)")
+    _evidence_names(axes, dict(zip(rows, names, strict=True)), {line: labels[name] for line, name in heads.items()})
+    return figure
+
+
+def _evidence_names(axes: Axes, rows: Mapping[float, str], heads: Mapping[float, str]) -> None:
+    """Names of rows and families at the left, of the columns at the right, by line of text from the top."""
+    axes.set_yticks([*rows, *heads], [*rows.values(), *(wrapped(head, 2.3) for head in heads.values())])
     for label in axes.get_yticklabels()[len(rows) :]:
         label.set_fontweight("bold")
     axes.tick_params(axis="y", length=0, pad=8)
     axes.spines["left"].set_visible(False)
-    put_ticks(axes, "x", ratio_ticks(low, high), ratio_text)
-    axes.set_xlabel("time of the pick / time of what it is compared with (log; left of 1 the pick is faster)")
     for place, word in COLUMNS.items():
         axes.annotate(
             word, (1.0, 1.0), (place, 2), xycoords="axes fraction", textcoords="offset points", ha="right",
             va="bottom", fontweight="bold",
         )  # fmt: skip
-    return figure
 
 
 def evidence_rows(picks: Sequence[PickInfo], names: Sequence[str]) -> tuple[dict[float, Family], list[float], float]:

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nsa.dispatch_table import DispatchEntry, DispatchTable, default_candidate
-from tuner.record import Environment, Record
+from tuner.record import Environment, Record, Value
 from tuner.search import Listener
 
 LEADERS = 6
@@ -69,7 +69,8 @@ class LiveProgress(Listener):
                 f"[bold]{record.outcome}[/] {record.candidate} at {title}: {record.reason}", highlight=False
             )
         if not self.interactive and record.stage == "shootout":
-            self.console.print(f"{100 * self.done:3.0f} %  {title}: {record.candidate} {median_us(record):.1f} us")
+            place = f"{record.problem['mode']} T={record.problem['T']}"
+            self.console.print(f"{100 * self.done:3.0f} %  {place}: {record.candidate} {median_us(record):.1f} us")
 
     def _draw(self) -> Group:
         bar = ProgressBar(total=1.0, completed=self.done, width=40)
@@ -83,15 +84,21 @@ class LiveProgress(Listener):
 
 def describe(record: Record) -> str:
     """The problem of a record in a few words."""
-    return problem_line(record.problem) + f" {record.pattern}"
+    return f"{problem_line(record.problem)}, {record.pattern}"
 
 
-def problem_line(problem: dict[str, int | float | str | bool]) -> str:
+def problem_line(problem: dict[str, Value]) -> str:
     """Mode, sizes, dtype and execution of a problem."""
+    return f"{problem['mode']} T={problem['T']} B={problem['B']}, {shape_line(problem)}"
+
+
+def shape_line(problem: dict[str, Value]) -> str:
+    """All but mode, context and batch."""
     p = problem
-    heads = f"{int(p['G']) * int(p['h'])}/{p['G']}"
     width = f"{p['Dk']}" if p["Dk"] == p["Dv"] else f"{p['Dk']},{p['Dv']}"
-    return f"{p['mode']} T={p['T']} B={p['B']} {heads} D{width} {p['dtype']} {p['execution']}"
+    heads = f"{int(p['G']) * int(p['h'])}/{p['G']} heads D {width}"
+    kind = f"{p['execution']}, {p['cache']} cache, {p['overlap']} overlap"
+    return f"{heads}, block {p['block_size']} top {p['topk']}, {p['dtype']}, {kind}"
 
 
 def median_us(record: Record) -> float:
@@ -131,42 +138,42 @@ def outcome_table(records: Sequence[Record]) -> Table:
     return table
 
 
-def evidence_table(entries: Sequence[DispatchEntry], title: str, kind: str) -> Table:
-    """Each entry: the pick, how fast, by how much, how sure."""
+def evidence_tables(entries: Sequence[DispatchEntry], kind: str) -> Group:
+    """Each entry: the pick, how fast, by how much, how sure; a table for each shape, dtype and execution."""
+    groups: dict[str, list[DispatchEntry]] = {}
+    for entry in entries:
+        groups.setdefault(shape_line(msgspec.to_builtins(entry.problem())), []).append(entry)
+    return Group(*(_evidence_table(title, members, kind) for title, members in groups.items()))
+
+
+def _evidence_table(title: str, entries: Sequence[DispatchEntry], kind: str) -> Table:
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for column in (
-        "problem",
-        "the runtime takes",
-        "median us",
-        "time ratio [interval]",
-        "E-value",
-        "pairs",
-        "tied with",
-    ):
-        table.add_column(column, justify="right" if column in ("median us", "E-value", "pairs") else "left")
+    for column in ("mode", "context", "the runtime takes", "median us", "time ratio", "interval", "E", "pairs"):
+        left = column in ("mode", "the runtime takes", "time ratio")
+        table.add_column(column, justify="left" if left else "right", no_wrap=column != "the runtime takes")
     for entry in entries:
         table.add_row(
-            problem_line(msgspec.to_builtins(entry.problem())),
-            candidate_name(entry.path, entry.parameters), f"{entry.median_us:.1f}", ratio_text(entry, kind),
-            "" if entry.e_value is None else f"{entry.e_value:.2g}", str(entry.pairs),
-            ", ".join(dict.fromkeys(tied.path for tied in entry.tied)),
+            entry.mode + (f" B{entry.B}" if entry.B > 1 else ""), str(entry.T),
+            candidate_name(entry.path, entry.parameters), f"{entry.median_us:.1f}",
+            *ratio_texts(entry, kind), "" if entry.e_value is None else f"{entry.e_value:.1e}", str(entry.pairs),
         )  # fmt: skip
     return table
 
 
-def candidate_name(path: str, parameters: dict[str, int | float | str | bool]) -> str:
+def candidate_name(path: str, parameters: dict[str, Value]) -> str:
     """``path(parameter=value, ...)``."""
     inner = ", ".join(f"{name}={value}" for name, value in parameters.items())
     return f"{path}({inner})" if inner else path
 
 
-def ratio_text(entry: DispatchEntry, kind: str) -> str:
-    """The entry's ratio in words: to the default, or to the runner-up where the default stays."""
+def ratio_texts(entry: DispatchEntry, kind: str) -> tuple[str, str]:
+    """The entry's ratio, to the default or to the runner-up where the default stays, and its interval."""
     if entry.ratio is None:
-        return "nothing to compare with"
+        return "nothing to compare with", ""
     high = "?" if entry.ratio_high is None else f"{entry.ratio_high:.3f}"
     low = "0" if entry.ratio_low is None else f"{entry.ratio_low:.3f}"
-    return f"{entry.ratio:.3f} [{low}, {high}] of {compared_with(entry, kind)}"
+    tie = ", tied" if entry.ratio_high is None or entry.ratio_high >= 1 else ""
+    return f"{entry.ratio:.3f} of {compared_with(entry, kind)}{tie}", f"[{low}, {high}]"
 
 
 def compared_with(entry: DispatchEntry, kind: str) -> str:

@@ -1,0 +1,69 @@
+"""Evidence: a comparison's lines by what they are about, and what pairs say at the comparison's alpha. Leaf over records."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from tuner import verdict
+from tuner.compare_record import INJECTED, Checked, Facts, Lane, Launched, Line, Measured, Question, Side
+from tuner.verdict import Comparison
+
+
+class Evidence:
+    """All lines so far, by what they are about."""
+
+    def __init__(self, lines: Iterable[Line] = ()) -> None:
+        self.facts: dict[tuple[str, Side], Facts] = {}
+        self.launches: list[Launched] = []
+        self.ratios: dict[tuple[str, Lane], list[float]] = {}
+        self.audit: dict[Lane, list[float]] = {lane: [] for lane in INJECTED}
+        self.clocks: dict[int, list[int]] = {}
+        self.rounds, self.dropped, self.seconds = 0, 0, 0.0
+        for line in lines:
+            self.add(line)
+
+    def add(self, line: Line) -> None:
+        """Take a line in."""
+        if isinstance(line, Checked):
+            self.facts[line.scenario, line.side] = line.facts
+        elif isinstance(line, Launched):
+            self.launches.append(line)
+        else:
+            self._measured(line)
+
+    def _measured(self, line: Measured) -> None:
+        self.dropped += line.dropped
+        self.seconds += line.seconds
+        self.clocks.setdefault(line.launch, []).append(line.clock_mhz)
+        for pair in line.pairs:
+            self.rounds = max(self.rounds, pair.round + 1)
+            ratio = math.log(pair.other_us / pair.base_us)
+            self.ratios.setdefault((pair.scenario, pair.lane), []).append(ratio)
+            if pair.lane in INJECTED:
+                self.audit[pair.lane].append(ratio)
+
+    def of(self, scenario: str, lane: Lane) -> list[float]:
+        """Log ratios of a lane in a scenario, in order."""
+        return self.ratios.get((scenario, lane), [])
+
+    def timed(self, scenario: str) -> bool:
+        """Whether both sides passed their checks, or nothing is known against either."""
+        return all(
+            facts is None or facts.outcome == "ok"
+            for facts in (self.facts.get((scenario, "base")), self.facts.get((scenario, "head")))
+        )
+
+
+def compared(question: Question, ratios: Sequence[float], effect: float | None = None) -> Comparison:
+    """What pairs say, at this question's alpha, shared by its scenarios."""
+    wanted = question.effect if effect is None else effect
+    return verdict.compare(ratios, alpha=question.alpha, scenarios=len(question.scenarios), effect=wanted)
+
+
+def ratio_text(found: Comparison) -> str:
+    """``1.041 [1.032, 1.050] in 40 pairs``."""
+    if found.ratio is None:
+        return "no pairs"
+    high = "inf" if found.ratio_high is None else f"{found.ratio_high:.3f}"
+    return f"{found.ratio:.3f} [{found.ratio_low:.3f}, {high}] in {found.pairs} pairs"
