@@ -1,13 +1,16 @@
-"""Evidence: a comparison's lines by what they are about, and what pairs say at the comparison's alpha. Leaf over records."""
+"""Evidence: a comparison's lines by what they are about, and what pairs say at the comparison's alpha. Pure."""
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 
 from tuner import verdict
 from tuner.compare_record import INJECTED, Checked, Facts, Lane, Launched, Line, Measured, Question, Side
 from tuner.verdict import Comparison
+
+PAIRS_OF_A_LAUNCH = 12
 
 
 class Evidence:
@@ -19,6 +22,7 @@ class Evidence:
         self.ratios: dict[tuple[str, Lane], list[float]] = {}
         self.audit: dict[Lane, list[float]] = {lane: [] for lane in INJECTED}
         self.clocks: dict[int, list[int]] = {}
+        self.by_launch: dict[str, dict[int, list[float]]] = {}
         self.rounds, self.dropped, self.seconds = 0, 0, 0.0
         for line in lines:
             self.add(line)
@@ -40,6 +44,8 @@ class Evidence:
             self.rounds = max(self.rounds, pair.round + 1)
             ratio = math.log(pair.other_us / pair.base_us)
             self.ratios.setdefault((pair.scenario, pair.lane), []).append(ratio)
+            if pair.lane == "head":
+                self.by_launch.setdefault(pair.scenario, {}).setdefault(line.launch, []).append(ratio)
             if pair.lane in INJECTED:
                 self.audit[pair.lane].append(ratio)
 
@@ -53,6 +59,23 @@ class Evidence:
             facts is None or facts.outcome == "ok"
             for facts in (self.facts.get((scenario, "base")), self.facts.get((scenario, "head")))
         )
+
+
+def disagreement(evidence: Evidence, scenario: str, found: Comparison) -> str:
+    """Why launches contradict a verdict of slower or faster, '' where they do not.
+
+    The coin makes the two sides of a pair alike but for what a process draws once, such as where its buffers lie. That
+    a relaunch draws anew. So the median of every launch of some size must lie on the verdict's side of 1.
+    """
+    medians = [
+        statistics.median(ratios)
+        for ratios in evidence.by_launch.get(scenario, {}).values()
+        if len(ratios) >= PAIRS_OF_A_LAUNCH
+    ]
+    sign = {"slower": 1.0, "faster": -1.0}.get(found.verdict)
+    if sign is None or all(sign * median > 0 for median in medians):
+        return ""
+    return f"launches disagree: {', '.join(f'{math.exp(median):.3f}' for median in medians)}"
 
 
 def compared(question: Question, ratios: Sequence[float], effect: float | None = None) -> Comparison:

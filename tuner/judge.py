@@ -16,7 +16,7 @@ import msgspec
 from tuner import stats
 from tuner.attribution import Change, ChangeKind, changes_of
 from tuner.compare_record import INJECTED, Facts, Lane, Line, Question, Scenario
-from tuner.evidence import Evidence, compared, ratio_text
+from tuner.evidence import Evidence, compared, disagreement, ratio_text
 from tuner.record import Outcome
 from tuner.trees import Tree
 from tuner.verdict import Comparison, Verdict
@@ -155,12 +155,14 @@ def judge_scenario(question: Question, evidence: Evidence, scenario: Scenario, a
         return one_sided(scenario, base, head)
     if head is not None and head.outcome != "ok":
         return ScenarioResult(
-            scenario=scenario.name, verdict=head.outcome, reason=f"on both sides: {head.reason}", base=base, head=head
-        )
+            scenario=scenario.name, verdict=head.outcome, base=base, head=head,
+            reason=f"{head.reason}; base: {base.outcome if base else 'not known'}",
+        )  # fmt: skip
     found = compared(question, evidence.of(scenario.name, "head"))
     changes = tuple(changes_of(question, evidence, scenario, found, audit.reason if audit.alarm else ""))
-    say: Verdict = found.verdict if audit.passed else "undecided"
-    reasons = [found.reason or "", "" if audit.passed else f"audit: {audit.reason}"]
+    doubt = disagreement(evidence, scenario.name, found)
+    say: Verdict = found.verdict if audit.passed and not doubt else "undecided"
+    reasons = [found.reason or "", doubt, "" if audit.passed else f"audit: {audit.reason}"]
     return ScenarioResult(
         scenario=scenario.name, verdict=say, reason="; ".join(filter(None, reasons)), comparison=found, base=base,
         head=head, changes=changes,

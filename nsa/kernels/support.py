@@ -82,7 +82,7 @@ def loads_reason(path: str, loads: str, problem: SelectionProblem, device: torch
     """Why key and value blocks cannot be loaded like that; None if they can. Strides are the call's to check."""
     if loads == "pointer":
         return None
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+    if device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (9, 0):
         return f"{path} with descriptor loads needs compute capability 9.0"
     if problem.Dk * problem.item_bytes % 16 or problem.Dv * problem.item_bytes % 16:
         return f"{path} with descriptor loads needs head dims of a multiple of 16 bytes"

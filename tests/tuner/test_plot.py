@@ -431,6 +431,19 @@ def test_many_families_go_on_in_further_figures() -> None:
     assert drawn == ["latency", "latency-2"]
 
 
+def test_a_map_of_many_contexts_and_families_stays_within_the_page() -> None:
+    entries = [
+        entry("dense" if T > 2048 else "gather", T, mode, B=B, tied=(Candidate(path="dense"),))
+        for T, mode, B in itertools.product([512 * 2**n for n in range(8)], ("decode", "prefill"), (1, 64))
+    ]
+    infos = plot_info.pick_infos(entries, [])
+    common, labels = plot_info.family_labels(info.family for info in infos)
+    with plot_style.house_style():
+        figure = plot_picks.winners_figure(infos, labels, common, plot_style.path_styles(["dense", "gather"]))
+        assert figure.get_figwidth() <= plot_style.WIDTH_IN + 0.01
+        legible(figure)
+
+
 # Regressions
 
 

@@ -1,0 +1,269 @@
+"""Compare: head against base, both in one worker, in pairs, until the evidence suffices or the budget ends.
+
+First a process per side: does it import, is every scenario right, proved to execute, and what memory does it take. Then
+at least three launches of a worker that holds both sides; a coin says which it loads first. Every line is on disk
+before the next thing is measured. It decides by ``tuner.evidence`` when to stop and leaves verdicts to ``tuner.judge``.
+"""
+
+from __future__ import annotations
+
+import random
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from tuner.compare_record import (
+    AUTO,
+    SIDES,
+    Checked,
+    CompareFolder,
+    Facts,
+    Lane,
+    Launched,
+    Line,
+    Measured,
+    Question,
+    Scenario,
+    Side,
+    unfinished,
+)  # fmt: skip
+from tuner.evidence import Evidence, compared
+from tuner.judge import CompareResult, judge
+from tuner.pairing import Answer, PairTrial, Rounds
+from tuner.record import Environment
+from tuner.sides import LoadTrial, SideTrial
+from tuner.trees import Tree, TreeError
+from tuner.worker import CandidateFailed, Worker, WorkerDied
+
+TIMEOUT_S = 180.0
+BATCH_S = 2.0
+BATCH_ROUNDS = (8, 64)
+"""Rounds between two looks: a quarter of those so far, within these."""
+LATER_LAUNCH_S = 60.0
+"""After the first three launches, a new one about that often."""
+DEATHS = 2
+"""A worker may die once at the same thing, of whatever cause; the second time is that thing's outcome."""
+
+
+class Asks(Protocol):
+    """``tuner.worker.Worker``, or what a test puts in its place."""
+
+    doing: str
+
+    def ask(self, verb: str, argument: Any = None, *, timeout_s: float) -> Any:
+        """Send a request and wait."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can still answer."""
+
+    def close(self) -> None:
+        """End it."""
+
+
+class Listener:
+    """What a comparison tells while it runs. Every method may be left as it is."""
+
+    def working(self, what: str, seconds_left: float) -> None:
+        """Something begins."""
+
+
+class Comparing:
+    """One run of one question. ``run`` returns its result; asked again after a kill it goes on."""
+
+    def __init__(
+        self,
+        question: Question,
+        *,
+        out: Path,
+        hire: Callable[[], Asks] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        listener: Listener | None = None,
+        tool_commit: str = "unknown",
+    ) -> None:
+        self.question, self.out, self.clock, self.tool_commit = question, out, clock, tool_commit
+        self.hire = hire or (lambda: Worker(question.device, memory_limit_bytes=question.memory_limit_bytes))
+        self.listener = listener or Listener()
+        self.deaths: Counter[str] = Counter()
+        self.hired: list[Asks] = []
+        self.began = self.marked = clock()
+
+    def run(self) -> CompareResult:
+        """Check both sides, measure, judge. Raises TreeError for a side that does not import."""
+        try:
+            self.folder, self.device = self._open()
+            self.evidence = Evidence(self.folder.lines.read())
+            self.deadline = self.began + self.question.budget_s - self.evidence.seconds
+            self.check(("base", self.question.base), ("head", self.question.head))
+            while self.timed() and not self.enough():
+                self.launch(len(self.evidence.launches))
+            self.folder.finish()
+            return judge(self.question, self.folder.lines.read(), run=str(self.folder.path))
+        finally:
+            for worker in self.hired:
+                worker.close()
+
+    def _open(self) -> tuple[CompareFolder, str]:
+        """The unfinished run of this question on this device, or a new one; and the device's slug."""
+        identity, software, clocks = self.worker().ask("identify", timeout_s=TIMEOUT_S)
+        root = self.out / "compares" / identity.slug
+        found = unfinished(root, self.question, msgspec.to_builtins(software))
+        if found is not None:
+            return found, identity.slug
+        now = datetime.now(UTC)
+        run_id = f"{now:%Y%m%dT%H%M%S}-{self.question.head.digest[:7]}-{secrets.token_hex(3)}"
+        folder = CompareFolder(root / run_id)
+        folder.start(
+            Environment(
+                run_id=run_id, commit=self.tool_commit, date=now.isoformat(timespec="seconds"),
+                tool="nsa-tune compare", device=msgspec.to_builtins(identity), software=msgspec.to_builtins(software),
+                clocks=clocks, timer={}, sweep=msgspec.to_builtins(self.question),
+            )  # fmt: skip
+        )
+        return folder, identity.slug
+
+    def worker(self) -> Asks:
+        """A fresh worker, ended with the run."""
+        self.hired.append(self.hire())
+        return self.hired[-1]
+
+    def write(self, line: Line) -> None:
+        """To disk, then to the evidence."""
+        self.folder.lines.append(line)
+        self.evidence.add(line)
+
+    def check(self, *sides: tuple[Side, Tree]) -> None:
+        """Facts of every scenario on each side, in a process per side; what is known stays."""
+        open_sides = [
+            (side, tree, [s for s in self.question.scenarios if (s.name, side) not in self.evidence.facts])
+            for side, tree in sides
+        ]
+        workers = {side: self.worker() for side, _, scenarios in open_sides if scenarios}
+        for side, tree, scenarios in open_sides:
+            if not scenarios:
+                continue
+            try:
+                workers[side].ask("prepare", LoadTrial(tree=tree), timeout_s=TIMEOUT_S)
+            except (CandidateFailed, WorkerDied) as error:
+                raise TreeError(f"{side} {tree.label} ({tree.asked}) does not import: {error.reason}") from error
+            for scenario in scenarios:
+                self.listener.working(f"checking {side}: {scenario.name}", self.left())
+                workers[side] = workers[side] if workers[side].alive else self.worker()
+                facts = self._facts(workers[side], side, tree, scenario)
+                self.write(Checked(scenario=scenario.name, side=side, facts=facts))
+            workers[side].close()
+
+    def _facts(self, worker: Asks, side: Side, tree: Tree, scenario: Scenario) -> Facts:
+        trial = SideTrial(tree=tree, side=side, scenario=scenario, device=self.question.device)
+        try:
+            worker.ask("prepare", trial, timeout_s=TIMEOUT_S)
+            facts: Facts = worker.ask("facts", (), timeout_s=TIMEOUT_S)
+        except (CandidateFailed, WorkerDied) as error:
+            return Facts(outcome=error.outcome, reason=error.reason)
+        limit = self.question.memory_limit_bytes
+        if limit and facts.peak_bytes and facts.peak_bytes > limit:
+            why = f"one call held {facts.peak_bytes} bytes, the limit is {limit}"
+            return msgspec.structs.replace(facts, outcome="oom", reason=why)
+        return facts
+
+    def timed(self) -> tuple[Scenario, ...]:
+        """The scenarios whose both sides passed."""
+        return tuple(scenario for scenario in self.question.scenarios if self.evidence.timed(scenario.name))
+
+    def left(self) -> float:
+        """Seconds of the budget."""
+        return self.deadline - self.clock()
+
+    def enough(self) -> bool:
+        """Whether to stop: the wanted launches were made, and everything is settled or the budget is spent."""
+        launches = len(self.evidence.launches)
+        return self.left() <= 0 or (launches >= self.question.launches and self.settled())
+
+    def settled(self) -> bool:
+        """Whether nothing is open and the audit found its 4 %."""
+        return not self.open_lanes() and compared(self.question, self.evidence.audit["slow_4"]).verdict == "slower"
+
+    def open_lanes(self) -> tuple[tuple[str, Lane], ...]:
+        """Lanes that more pairs can decide: head everywhere, and where an "auto" scenario is slower, why it is."""
+        found: list[tuple[str, Lane]] = []
+        for scenario in self.timed():
+            head = compared(self.question, self.evidence.of(scenario.name, "head")).verdict
+            if head == "undecided":
+                found.append((scenario.name, "head"))
+            elif head == "slower" and scenario.name in self.kernels():
+                if compared(self.question, self.evidence.of(scenario.name, "kernel")).verdict == "undecided":
+                    found.append((scenario.name, "kernel"))
+        return tuple(found)
+
+    def kernels(self) -> dict[str, tuple[str, dict[str, Any]]]:
+        """What base chose in each "auto" scenario."""
+        chosen = {s.name: self.evidence.facts[s.name, "base"] for s in self.timed() if s.path == AUTO}
+        return {name: (facts.path, facts.parameters) for name, facts in chosen.items()}
+
+    def launch(self, number: int) -> None:
+        """One process: load both sides in a coin's order, take pairs until settled or this launch's share is spent."""
+        missing = self.question.launches - number
+        until = self.clock() + self.left() / max(missing, round(self.left() / LATER_LAUNCH_S), 1)
+        coin = f"{self.folder.path.name}/{number}"
+        order = list(SIDES)
+        random.Random(coin).shuffle(order)
+        self.listener.working(f"launch {number + 1}: loading {' then '.join(order)}", self.left())
+        worker = self.worker()
+        try:
+            trial = PairTrial(
+                question=self.question, order=tuple(order), scenarios=self.timed(), kernels=self.kernels()
+            )
+            calls, injected = worker.ask("prepare", trial, timeout_s=TIMEOUT_S)
+            self.write(
+                Launched(number=number, order=tuple(order), device=self.device, calls=calls, injected=injected)
+            )
+            self._rounds(worker, number, coin, until)
+        except (CandidateFailed, WorkerDied) as error:
+            self._died(error.about if isinstance(error, WorkerDied) else worker.doing, error)
+        finally:
+            worker.close()
+
+    def _rounds(self, worker: Asks, number: int, coin: str, until: float) -> None:
+        names, began = tuple(scenario.name for scenario in self.timed()), self.evidence.rounds
+        wanted = max(BATCH_ROUNDS[0], began // (2 * max(number, 1)))
+        open_lanes = self.open_lanes()
+        while True:
+            early = self.evidence.rounds - began < wanted
+            lanes = tuple((name, "head") for name in names) if early else open_lanes
+            request = Rounds(
+                lanes=tuple(dict.fromkeys((*lanes, *open_lanes))), coin=coin, first=self.evidence.rounds,
+                audited=tuple(dict.fromkeys(name for name, _ in open_lanes)) or names,
+                count=min(max(BATCH_ROUNDS[0], self.evidence.rounds // 4), BATCH_ROUNDS[1]), budget_s=BATCH_S,
+            )  # fmt: skip
+            answer: Answer = worker.ask("rounds", (request,), timeout_s=TIMEOUT_S)
+            now = self.clock()
+            self.write(
+                Measured(
+                    launch=number, pairs=answer.pairs, dropped=answer.dropped, clock_mhz=answer.clock_mhz,
+                    seconds=round(now - self.marked, 3),
+                )  # fmt: skip
+            )
+            self.marked = now
+            open_lanes = self.open_lanes()
+            self.listener.working(f"launch {number + 1}: round {self.evidence.rounds}, {len(open_lanes)} open", self.left())
+            if now >= until or (self.evidence.rounds - began >= wanted and self.settled()):
+                return
+
+    def _died(self, about: str, error: CandidateFailed | WorkerDied) -> None:
+        """Count a death; the second at the same side of a scenario is that side's outcome."""
+        self.deaths[about] += 1
+        name, _, side = about.partition("|")
+        known = [scenario.name for scenario in self.timed()]
+        if self.deaths[about] < DEATHS:
+            return
+        if name not in known:
+            raise TreeError(f"the worker that holds both sides failed twice while {about}: {error.reason}") from error
+        failed: Side = "head" if side == "head" else "base"
+        facts = Facts(outcome=error.outcome, reason=f"while timed: {error.reason}")
+        self.write(Checked(scenario=name, side=failed, facts=facts))
