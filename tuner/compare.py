@@ -18,8 +18,8 @@ from typing import Any, Protocol
 
 import msgspec
 
+from tuner import pacing
 from tuner.compare_record import (
-    AUTO,
     SIDES,
     Checked,
     CompareFolder,
@@ -33,7 +33,7 @@ from tuner.compare_record import (
     Side,
     unfinished,
 )  # fmt: skip
-from tuner.evidence import Evidence, compared
+from tuner.evidence import Evidence
 from tuner.judge import CompareResult, judge
 from tuner.pairing import Answer, PairTrial, Rounds
 from tuner.record import Environment
@@ -43,10 +43,6 @@ from tuner.worker import CandidateFailed, Worker, WorkerDied
 
 TIMEOUT_S = 180.0
 BATCH_S = 2.0
-BATCH_ROUNDS = (8, 64)
-"""Rounds between two looks: a quarter of those so far, within these."""
-LATER_LAUNCH_S = 60.0
-"""After the first three launches, a new one about that often."""
 DEATHS = 2
 """A worker may die once at the same thing, of whatever cause; the second time is that thing's outcome."""
 
@@ -111,21 +107,21 @@ class Comparing:
 
     def _open(self) -> tuple[CompareFolder, str]:
         """The unfinished run of this question on this device, or a new one; and the device's slug."""
-        identity, software, clocks = self.worker().ask("identify", timeout_s=TIMEOUT_S)
+        self.spare = self.worker()
+        identity, software, clocks = self.spare.ask("identify", timeout_s=TIMEOUT_S)
         root = self.out / "compares" / identity.slug
         found = unfinished(root, self.question, msgspec.to_builtins(software))
         if found is not None:
             return found, identity.slug
         now = datetime.now(UTC)
         run_id = f"{now:%Y%m%dT%H%M%S}-{self.question.head.digest[:7]}-{secrets.token_hex(3)}"
+        environment = Environment(
+            run_id=run_id, commit=self.tool_commit, date=now.isoformat(timespec="seconds"), tool="nsa-tune compare",
+            device=msgspec.to_builtins(identity), software=msgspec.to_builtins(software), clocks=clocks, timer={},
+            sweep=msgspec.to_builtins(self.question),
+        )  # fmt: skip
         folder = CompareFolder(root / run_id)
-        folder.start(
-            Environment(
-                run_id=run_id, commit=self.tool_commit, date=now.isoformat(timespec="seconds"),
-                tool="nsa-tune compare", device=msgspec.to_builtins(identity), software=msgspec.to_builtins(software),
-                clocks=clocks, timer={}, sweep=msgspec.to_builtins(self.question),
-            )  # fmt: skip
-        )
+        folder.start(environment)
         return folder, identity.slug
 
     def worker(self) -> Asks:
@@ -144,7 +140,7 @@ class Comparing:
             (side, tree, [s for s in self.question.scenarios if (s.name, side) not in self.evidence.facts])
             for side, tree in sides
         ]
-        workers = {side: self.worker() for side, _, scenarios in open_sides if scenarios}
+        workers = {side: self.worker() if side == "head" else self.spare for side, _, todo in open_sides if todo}
         for side, tree, scenarios in open_sides:
             if not scenarios:
                 continue
@@ -158,6 +154,7 @@ class Comparing:
                 facts = self._facts(workers[side], side, tree, scenario)
                 self.write(Checked(scenario=scenario.name, side=side, facts=facts))
             workers[side].close()
+        self.spare.close()
 
     def _facts(self, worker: Asks, side: Side, tree: Tree, scenario: Scenario) -> Facts:
         trial = SideTrial(tree=tree, side=side, scenario=scenario, device=self.question.device)
@@ -174,7 +171,7 @@ class Comparing:
 
     def timed(self) -> tuple[Scenario, ...]:
         """The scenarios whose both sides passed."""
-        return tuple(scenario for scenario in self.question.scenarios if self.evidence.timed(scenario.name))
+        return pacing.timed(self.question, self.evidence)
 
     def left(self) -> float:
         """Seconds of the budget."""
@@ -187,29 +184,12 @@ class Comparing:
 
     def settled(self) -> bool:
         """Whether nothing is open and the audit found its 4 %."""
-        return not self.open_lanes() and compared(self.question, self.evidence.audit["slow_4"]).verdict == "slower"
-
-    def open_lanes(self) -> tuple[tuple[str, Lane], ...]:
-        """Lanes that more pairs can decide: head everywhere, and where an "auto" scenario is slower, why it is."""
-        found: list[tuple[str, Lane]] = []
-        for scenario in self.timed():
-            head = compared(self.question, self.evidence.of(scenario.name, "head")).verdict
-            if head == "undecided":
-                found.append((scenario.name, "head"))
-            elif head == "slower" and scenario.name in self.kernels():
-                if compared(self.question, self.evidence.of(scenario.name, "kernel")).verdict == "undecided":
-                    found.append((scenario.name, "kernel"))
-        return tuple(found)
-
-    def kernels(self) -> dict[str, tuple[str, dict[str, Any]]]:
-        """What base chose in each "auto" scenario."""
-        chosen = {s.name: self.evidence.facts[s.name, "base"] for s in self.timed() if s.path == AUTO}
-        return {name: (facts.path, facts.parameters) for name, facts in chosen.items()}
+        still_open = pacing.open_lanes(self.question, self.evidence)
+        return not still_open and pacing.audit_found(self.question, self.evidence)
 
     def launch(self, number: int) -> None:
         """One process: load both sides in a coin's order, take pairs until settled or this launch's share is spent."""
-        missing = self.question.launches - number
-        until = self.clock() + self.left() / max(missing, round(self.left() / LATER_LAUNCH_S), 1)
+        until = self.clock() + pacing.share_s(self.left(), self.question.launches - number)
         coin = f"{self.folder.path.name}/{number}"
         order = list(SIDES)
         random.Random(coin).shuffle(order)
@@ -217,12 +197,12 @@ class Comparing:
         worker = self.worker()
         try:
             trial = PairTrial(
-                question=self.question, order=tuple(order), scenarios=self.timed(), kernels=self.kernels()
-            )
+                question=self.question, order=tuple(order), scenarios=self.timed(),
+                kernels=pacing.kernels(self.question, self.evidence),
+            )  # fmt: skip
             calls, injected = worker.ask("prepare", trial, timeout_s=TIMEOUT_S)
-            self.write(
-                Launched(number=number, order=tuple(order), device=self.device, calls=calls, injected=injected)
-            )
+            begun = Launched(number=number, order=tuple(order), device=self.device, calls=calls, injected=injected)
+            self.write(begun)
             self._rounds(worker, number, coin, until)
         except (CandidateFailed, WorkerDied) as error:
             self._died(error.about if isinstance(error, WorkerDied) else worker.doing, error)
@@ -230,30 +210,31 @@ class Comparing:
             worker.close()
 
     def _rounds(self, worker: Asks, number: int, coin: str, until: float) -> None:
-        names, began = tuple(scenario.name for scenario in self.timed()), self.evidence.rounds
-        wanted = max(BATCH_ROUNDS[0], began // (2 * max(number, 1)))
-        open_lanes = self.open_lanes()
+        """Batches of rounds. A launch takes half as many as the first at least, so that each has its say."""
+        began = self.evidence.rounds
+        wanted = max(pacing.BATCH_ROUNDS[0], began // (2 * max(number, 1)))
         while True:
-            early = self.evidence.rounds - began < wanted
-            lanes = tuple((name, "head") for name in names) if early else open_lanes
-            request = Rounds(
-                lanes=tuple(dict.fromkeys((*lanes, *open_lanes))), coin=coin, first=self.evidence.rounds,
-                audited=tuple(dict.fromkeys(name for name, _ in open_lanes)) or names,
-                count=min(max(BATCH_ROUNDS[0], self.evidence.rounds // 4), BATCH_ROUNDS[1]), budget_s=BATCH_S,
-            )  # fmt: skip
-            answer: Answer = worker.ask("rounds", (request,), timeout_s=TIMEOUT_S)
-            now = self.clock()
-            self.write(
-                Measured(
-                    launch=number, pairs=answer.pairs, dropped=answer.dropped, clock_mhz=answer.clock_mhz,
-                    seconds=round(now - self.marked, 3),
-                )  # fmt: skip
-            )
-            self.marked = now
-            open_lanes = self.open_lanes()
-            self.listener.working(f"launch {number + 1}: round {self.evidence.rounds}, {len(open_lanes)} open", self.left())
-            if now >= until or (self.evidence.rounds - began >= wanted and self.settled()):
+            taken = self.evidence.rounds - began
+            still_open = pacing.open_lanes(self.question, self.evidence)
+            if self.clock() >= until or (taken >= wanted and not still_open and self.settled()):
                 return
+            every: list[tuple[str, Lane]] = [(scenario.name, "head") for scenario in self.timed()]
+            audited = tuple(dict.fromkeys(name for name, _ in still_open or every))
+            request = Rounds(
+                lanes=tuple(dict.fromkeys([*(every if taken < wanted else ()), *still_open])), audited=audited,
+                coin=coin, first=self.evidence.rounds, count=pacing.batch_rounds(self.evidence.rounds), budget_s=BATCH_S,
+            )  # fmt: skip
+            self.listener.working(f"launch {number + 1}: {self.evidence.rounds} rounds, {len(still_open)} open", self.left())
+            self._batch(worker, number, request)
+
+    def _batch(self, worker: Asks, number: int, request: Rounds) -> None:
+        answer: Answer = worker.ask("rounds", (request,), timeout_s=TIMEOUT_S)
+        now = self.clock()
+        spent, self.marked = round(now - self.marked, 3), now
+        taken = Measured(
+            launch=number, pairs=answer.pairs, dropped=answer.dropped, clock_mhz=answer.clock_mhz, seconds=spent
+        )
+        self.write(taken)
 
     def _died(self, about: str, error: CandidateFailed | WorkerDied) -> None:
         """Count a death; the second at the same side of a scenario is that side's outcome."""
