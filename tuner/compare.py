@@ -216,15 +216,18 @@ class Comparing:
         while True:
             taken = self.evidence.rounds - began
             still_open = pacing.open_lanes(self.question, self.evidence)
-            if self.clock() >= until or (taken >= wanted and not still_open and self.settled()):
+            over = self.clock() >= until and (taken or self.left() <= 0)
+            if over or (taken >= wanted and not still_open and self.settled()):
                 return
             every: list[tuple[str, Lane]] = [(scenario.name, "head") for scenario in self.timed()]
             audited = tuple(dict.fromkeys(name for name, _ in still_open or every))
             request = Rounds(
                 lanes=tuple(dict.fromkeys([*(every if taken < wanted else ()), *still_open])), audited=audited,
-                coin=coin, first=self.evidence.rounds, count=pacing.batch_rounds(self.evidence.rounds), budget_s=BATCH_S,
+                coin=coin, first=self.evidence.rounds, count=pacing.batch_rounds(self.evidence.rounds),
+                budget_s=BATCH_S,
             )  # fmt: skip
-            self.listener.working(f"launch {number + 1}: {self.evidence.rounds} rounds, {len(still_open)} open", self.left())
+            what = f"launch {number + 1}: {self.evidence.rounds} rounds, {len(still_open)} lanes open"
+            self.listener.working(what, self.left())
             self._batch(worker, number, request)
 
     def _batch(self, worker: Asks, number: int, request: Rounds) -> None:

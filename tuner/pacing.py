@@ -1,4 +1,4 @@
-"""Pacing: which lanes of a comparison still need pairs, and whether it may stop. Pure functions of question and evidence.
+"""Pacing: which lanes of a comparison still need pairs, and whether it may stop. Pure, of question and evidence.
 
 Looking after every batch is free: the evidence holds at every look.
 """

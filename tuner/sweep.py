@@ -23,6 +23,10 @@ OVERLAP_OF: dict[str, Literal["low", "high"]] = {"scored": "high", "smooth": "hi
 SWEEPS = Path(__file__).parent / "sweeps"
 """A symlink in a checkout, a folder in a wheel."""
 
+ALL_PATHS = (
+    *("dense", "gather", "packed", "varlen", "flex"),
+    *("triton_token", "triton_union", "triton_block", "triton_decode"),
+)
 SHAPE_AXES = ("heads", "kv_heads", "head_dim", "value_head_dim")
 
 
@@ -57,7 +61,7 @@ class SweepDefinition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     description: str
     axes: Axes
     kind: Literal["paths", "reserve"] = "paths"
-    paths: tuple[str, ...] = ("dense", "gather", "packed", "varlen", "flex")
+    paths: tuple[str, ...] = ALL_PATHS
     ladders: dict[str, dict[str, tuple[ParameterValue, ...]]] = {}
     budget_s: float = 600.0
     memory_limit_bytes: int = 0
