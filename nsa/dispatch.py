@@ -116,7 +116,7 @@ def selection_attention(
     capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
     grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     indices, length = selection.indices, selection.context_length
-    if isinstance(length, int) and length < key.shape[2]:
+    if isinstance(length, int) and key.dim() == value.dim() == 4 and length < key.shape[2]:
         key, value = key[:, :, :length], value[:, :, :length]
     chosen_table = None if forced else table or active_dispatch_table(query.device.type)
     plans: dict[Any, tuple[Attempt, ...]] = _forced_plans if chosen_table is None else chosen_table.plans  # type: ignore[attr-defined]
@@ -160,8 +160,10 @@ def _run(
         except UnsupportedPathError as error:
             if attempt is plan[-1]:
                 raise
-            late = (*late, f"{candidate.path}: {error}")
+            late = tuple(dict.fromkeys((*late, f"{candidate.path}: {error}")))
             continue
+        finally:
+            announce("direct", "")  # a path that raised has not used up what was announced
         _calls[candidate.path, status] += 1
         for step in (*attempt.steps, *late):
             _count_step(step)
@@ -220,7 +222,7 @@ def _chain(problem: SelectionProblem, device: torch.device, choice: Choice, stri
         known = PATHS[candidate.path]
         reason = known.unsupported_reason(problem, device, candidate.parameters)
         if reason is not None:
-            steps = (*steps, f"{candidate.path}: unsupported: {reason}")
+            steps = tuple(dict.fromkeys((*steps, f"{candidate.path}: unsupported: {reason}")))
             continue
         status, why = (choice.status, choice.reason) if candidate is first else ("default", "; ".join(steps))
         attempts.append(Attempt(candidate=candidate, function=known.function(), status=status, reason=why, steps=steps))

@@ -1,7 +1,8 @@
 """Run Triton kernels on the CPU: set the interpreter up before Triton is first imported.
 
-Triton 3.6 turns a scalar into a loop bound with ``int(array of one element)``, which numpy 2.4 refuses; ``item()`` does
-the same. Drop ``_accept_numpy`` with the first Triton that does so itself.
+Triton 3.6's interpreter is repaired in two places. It turns a scalar into a loop bound with ``int(array of one
+element)``, which numpy 2.4 refuses; ``item()`` does the same. And it multiplies bfloat16 matrices as the uint16 that it
+holds them in. Drop ``_repair`` with the first Triton that does both itself.
 """
 
 from __future__ import annotations
@@ -23,17 +24,28 @@ def prepare() -> bool:
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("Triton was imported before tests.interpreter.prepare(); import this first")
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    _accept_numpy()
+    _repair()
     return True
 
 
-def _accept_numpy() -> None:
+def _repair() -> None:
+    import triton.language as tl
     from triton.runtime import interpreter
 
-    original = interpreter._patch_lang_tensor
+    patch, dot = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot
 
-    def patched(tensor: Any, scope: Any) -> None:
-        original(tensor, scope)
+    def patch_tensor(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
-    interpreter._patch_lang_tensor = patched
+    def widen(handle: Any) -> Any:
+        if handle.dtype != tl.bfloat16:
+            return handle
+        data = interpreter._convert_float(handle.data, tl.bfloat16, tl.float32, None).view("float32")
+        return interpreter.TensorHandle(data, tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return dot(self, widen(a), widen(b), *rest)
+
+    interpreter._patch_lang_tensor = patch_tensor
+    interpreter.InterpreterBuilder.create_dot = create_dot

@@ -47,8 +47,10 @@ class Watch(Protocol):
 
 
 class PairTrial(msgspec.Struct, frozen=True, kw_only=True):
-    """Load the sides in this order and make the scenarios' calls. ``kernels``: scenario -> path and parameters that
-    base chose, for the lane that calls it directly."""
+    """Load the sides in this order and make the scenarios' calls.
+
+    ``kernels``: scenario -> path and parameters that base chose, for the lane that calls it directly.
+    """
 
     question: Question
     order: tuple[Side, ...]
@@ -86,9 +88,9 @@ class Padded:
     The first unit also pays for leaving and entering the caches; as every sample has it, that cancels in a ratio.
     """
 
-    def __init__(self, side: LoadedSide, scenario: Scenario, call: Call) -> None:
+    def __init__(self, side: LoadedSide, scenario: Scenario, call: Call, unit: Call, calls: int, extra: int) -> None:
         self.side, self.scenario, self.call = side, scenario, call
-        self.unit, self.extra, self.calls, self.turn = call, 0, 1, 0
+        self.unit, self.calls, self.extra, self.turn = unit, calls, extra, 0
 
     def __call__(self) -> None:
         """One call of ``calls``."""
@@ -110,47 +112,55 @@ class Stand:
         self.watch, self.scenario, self.sides = watch, scenario, sides
         case = make_inputs(scenario.problem, scenario.pattern, 0, sides["base"].device)
         self.case = leaves_of(case) if scenario.problem.mode == "train" else case
-        others: dict[Lane, Side] = {"head": "head", **dict.fromkeys(INJECTED, "twin")}
-        self.lanes = {
-            lane: (self._call("base"), self._call(other)) for lane, other in others.items()
-        }
-        kernel = trial.kernels.get(scenario.name)
-        if kernel and all(kernel[0] in sides[side].package.PATHS for side in ("base", "head")):
-            self.lanes["kernel"] = (self._call("base", kernel), self._call("head", kernel))
-        every = [call for pair in self.lanes.values() for call in pair]
-        for call in every * WARM_UP_CALLS:
-            call()
-        self.calls = watch.calls_for(self.lanes["aa"][0], trial.question.sample_us)
-        for call in every:
-            call.calls = self.calls
-        once_us = self.sample(every[0])
+        self.kernel = trial.kernels.get(scenario.name)
+        self.unit: Call = Unit(case.key, 1)
+        self.calls, self.extra = 1, dict.fromkeys(INJECTED, 0)
+        self.deal(random.Random(0))
+        some = self.lanes["aa"][0]
+        self.calls = watch.calls_for(some, trial.question.sample_us)
+        once_us = self.sample(some)
         self.repeats = min(REPEATS, max(2, round(REPEATS * trial.question.sample_us / max(once_us * self.calls, 1e-3))))
         self.injected = self._inject()
 
-    def _call(self, side: Side, kernel: tuple[str, dict[str, Any]] | None = None) -> Padded:
+    def deal(self, coin: random.Random) -> None:
+        """Make every lane's calls anew, in a coin's order: where buffers lie can cost 1 %, so that is drawn often."""
+        others: dict[Lane, Side] = {"head": "head", **dict.fromkeys(INJECTED, "twin")}
+        if self.kernel and all(self.kernel[0] in self.sides[side].package.PATHS for side in ("base", "head")):
+            others["kernel"] = "head"
+        self.lanes: dict[Lane, tuple[Padded, Padded]] = {}
+        for lane in coin.sample(list(others), len(others)):
+            made: dict[Side, Padded] = {}
+            for side in coin.sample(["base", others[lane]], 2):
+                made[side] = self._call(side, lane, self.extra.get(lane, 0) if side != "base" else 0)
+            self.lanes[lane] = (made["base"], made[others[lane]])
+        for call in [call for pair in self.lanes.values() for call in pair] * WARM_UP_CALLS:
+            call()
+
+    def _call(self, side: Side, lane: Lane, extra: int) -> Padded:
         loaded = self.sides[side]
-        path, parameters = kernel or (self.scenario.path, loaded.defaults(self.scenario))
-        return Padded(loaded, self.scenario, loaded.call(self.scenario, self.case, path, parameters))
+        path, parameters = self.scenario.path, loaded.defaults(self.scenario)
+        if lane == "kernel" and self.kernel:
+            path, parameters = self.kernel
+        call = loaded.call(self.scenario, self.case, path, parameters)
+        return Padded(loaded, self.scenario, call, self.unit, self.calls, extra)
 
     def _inject(self) -> dict[str, float]:
         """Choose the unit of work and how many of it make 1 % and 4 % of a sample; lane -> the calibrated share."""
-        plain, loaded = self.lanes["aa"]
+        plain = self.lanes["aa"][0]
+        plain.calls = self.calls
         sample_us = min(self.sample(plain) for _ in range(CALIBRATIONS)) * self.calls  # a guess, to size the unit
         finest_us = INJECTED["slow_1"] * sample_us / UNITS_AT_LEAST
         key, rows = self.case.key, 1
         while rows < key.shape[2] and self._alone_us(Unit(key, 2 * rows)) < finest_us:
             rows *= 2
-        unit = Unit(key, rows)
-        for call in (call for pair in self.lanes.values() for call in pair):
-            call.unit = unit
-        loaded.extra = max(1, round(0.5 * sample_us / self._alone_us(unit)))
+        self.unit = Unit(key, rows)
+        many = self.extra["aa"] = max(1, round(0.5 * sample_us / self._alone_us(self.unit)))
+        self.deal(random.Random(0))
         measured = [self.pair("aa", base_first=turn % 2 == 0) for turn in range(CALIBRATIONS)]
-        added_us = statistics.median(other - base for base, other in measured) * self.calls
-        unit_us = max(added_us / loaded.extra, 1e-3)
+        unit_us = max(statistics.median(other - base for base, other in measured) * self.calls / many, 1e-3)
         base_us = statistics.median(base for base, _ in measured) * self.calls
-        for lane, share in INJECTED.items():
-            self.lanes[lane][1].extra = round(share * base_us / unit_us)
-        return {lane: self.lanes[lane][1].extra * unit_us / base_us for lane in INJECTED}
+        self.extra = {lane: round(share * base_us / unit_us) for lane, share in INJECTED.items()}
+        return {lane: extra * unit_us / base_us for lane, extra in self.extra.items()}
 
     def _alone_us(self, unit: Call) -> float:
         return max(min(self.watch.sample_us(unit, 20) for _ in range(CALIBRATIONS)), 1e-3)
@@ -209,6 +219,8 @@ class PairBench:
     def rounds(self, request: Rounds) -> Answer:
         """Measure. Garbage is collected before and not in between."""
         pairs, dropped, deadline = list[Pair](), 0, time.monotonic() + request.budget_s
+        for name in {name for name, _ in request.lanes} | set(request.audited):
+            self.stands[name].deal(random.Random(f"{request.coin}/{request.first}/{name}"))
         gc.collect()
         gc.disable()
         try:

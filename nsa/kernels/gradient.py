@@ -266,7 +266,7 @@ def _reduce(
 ) -> None:
     batch, _, groups, heads, width = query_grad.shape
     padded, width_padded = constants["HP"], power_of_two(width, 16)
-    tile = max(1, min(8192 // (padded * width_padded), lists.span_tokens))
+    tile = max(1, 2048 // (padded * width_padded))
     nsa_gradient_query[(batch * groups * triton.cdiv(lists.span_tokens, tile),)](
         part_query, lists.chosen, query_grad, queries, groups, span, scale, H=heads, HP=padded, N=constants["N"],
         NP=constants["NP"], DK=width, DKP=width_padded, TILE=tile, SPAN=lists.span_tokens, num_warps=4,

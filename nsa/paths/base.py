@@ -50,7 +50,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     shapes: dict[str, tuple[tuple[int, tuple[int | None, ...]], ...]] = {}
 
 
-class Candidate(msgspec.Struct, frozen=True, kw_only=True):
+class Candidate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A path with its parameters filled in: what is checked, timed and picked."""
 
     path: str
