@@ -55,8 +55,7 @@ def why_slower(question: Question, evidence: Evidence, scenario: Scenario, found
         return Change(kind="slower", detail=ratio_text(found))
     kernel = compared(question, evidence.of(scenario.name, "kernel"))
     if base.choice != head.choice:
-        also = f"; called directly, {base.choice} reads {ratio_text(kernel)}" if kernel.pairs else ""
-        return Change(kind="choice worse", detail=f"{base.choice} before, {head.choice} now: {ratio_text(found)}{also}")
+        return Change(kind="choice worse", detail=f"{base.choice} before, {head.choice} now: {ratio_text(found)}")
     if scenario.path != AUTO:
         return Change(kind="kernel slower", detail=f"{base.choice} {ratio_text(found)}")
     if kernel.verdict == "slower":

@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
 
 import msgspec
 
@@ -34,33 +33,16 @@ from tuner.compare_record import (
     unfinished,
 )  # fmt: skip
 from tuner.evidence import Evidence
+from tuner.hiring import TIMEOUT_S, Asks, Hire, facts_in, hire_for, must_import
 from tuner.judge import CompareResult, judge
 from tuner.pairing import Answer, PairTrial, Rounds
 from tuner.record import Environment
-from tuner.sides import LoadTrial, SideTrial
 from tuner.trees import Tree, TreeError
-from tuner.worker import CandidateFailed, Worker, WorkerDied
+from tuner.worker import CandidateFailed, WorkerDied
 
-TIMEOUT_S = 180.0
 BATCH_S = 2.0
 DEATHS = 2
 """A worker may die once at the same thing, of whatever cause; the second time is that thing's outcome."""
-
-
-class Asks(Protocol):
-    """``tuner.worker.Worker``, or what a test puts in its place."""
-
-    doing: str
-
-    def ask(self, verb: str, argument: Any = None, *, timeout_s: float) -> Any:
-        """Send a request and wait."""
-
-    @property
-    def alive(self) -> bool:
-        """Whether it can still answer."""
-
-    def close(self) -> None:
-        """End it."""
 
 
 class Listener:
@@ -78,13 +60,13 @@ class Comparing:
         question: Question,
         *,
         out: Path,
-        hire: Callable[[], Asks] | None = None,
+        hire: Hire | None = None,
         clock: Callable[[], float] = time.monotonic,
         listener: Listener | None = None,
         tool_commit: str = "unknown",
     ) -> None:
         self.question, self.out, self.clock, self.tool_commit = question, out, clock, tool_commit
-        self.hire = hire or (lambda: Worker(question.device, memory_limit_bytes=question.memory_limit_bytes))
+        self.hire = hire or hire_for(question)
         self.listener = listener or Listener()
         self.deaths: Counter[str] = Counter()
         self.hired: list[Asks] = []
@@ -144,30 +126,14 @@ class Comparing:
         for side, tree, scenarios in open_sides:
             if not scenarios:
                 continue
-            try:
-                workers[side].ask("prepare", LoadTrial(tree=tree), timeout_s=TIMEOUT_S)
-            except (CandidateFailed, WorkerDied) as error:
-                raise TreeError(f"{side} {tree.label} ({tree.asked}) does not import: {error.reason}") from error
+            must_import(workers[side], tree)
             for scenario in scenarios:
                 self.listener.working(f"checking {side}: {scenario.name}", self.left())
                 workers[side] = workers[side] if workers[side].alive else self.worker()
-                facts = self._facts(workers[side], side, tree, scenario)
+                facts = facts_in(workers[side], self.question, side, tree, scenario)
                 self.write(Checked(scenario=scenario.name, side=side, facts=facts))
             workers[side].close()
         self.spare.close()
-
-    def _facts(self, worker: Asks, side: Side, tree: Tree, scenario: Scenario) -> Facts:
-        trial = SideTrial(tree=tree, side=side, scenario=scenario, device=self.question.device)
-        try:
-            worker.ask("prepare", trial, timeout_s=TIMEOUT_S)
-            facts: Facts = worker.ask("facts", (), timeout_s=TIMEOUT_S)
-        except (CandidateFailed, WorkerDied) as error:
-            return Facts(outcome=error.outcome, reason=error.reason)
-        limit = self.question.memory_limit_bytes
-        if limit and facts.peak_bytes and facts.peak_bytes > limit:
-            why = f"one call held {facts.peak_bytes} bytes, the limit is {limit}"
-            return msgspec.structs.replace(facts, outcome="oom", reason=why)
-        return facts
 
     def timed(self) -> tuple[Scenario, ...]:
         """The scenarios whose both sides passed."""

@@ -9,9 +9,7 @@ from tuner.judge import CompareResult, ScenarioResult
 from tuner.verdict import Comparison
 
 HEADLINES = {"regressed": "REGRESSED", "undecided": "UNDECIDED", "passed": "PASSED"}
-MEANS = {
-    "slower": "slower", "faster": "faster", "undecided": "undecided", "wrong": "WRONG", "fell_back": "FELL BACK",
-}  # fmt: skip
+LANE_WORDS = {"aa": "base against itself", "slow_1": "1 % of extra work", "slow_4": "4 % of extra work"}
 
 
 def exit_code(result: CompareResult) -> int:
@@ -43,8 +41,8 @@ def rows_of(result: CompareResult) -> list[tuple[str, str, str, str, str, str]]:
 def verdict_text(found: ScenarioResult, effect: float) -> str:
     """The verdict in words."""
     if found.verdict == "same":
-        return f"same within {effect:.3g}" if effect == 0 else f"same within {100 * effect:.3g} %"
-    return MEANS.get(found.verdict, str(found.verdict))
+        return f"same within {100 * effect:.3g} %"
+    return str(found.verdict)
 
 
 def ratio_of(comparison: Comparison | None) -> str:
@@ -62,7 +60,7 @@ def why(found: ScenarioResult) -> str:
 def audit_text(result: CompareResult) -> list[str]:
     """What the run says of itself, a sentence per line."""
     audit, lines = result.audit, []
-    for lane, words in (("aa", "base against itself"), ("slow_1", "1 % of extra work"), ("slow_4", "4 % of extra work")):
+    for lane, words in LANE_WORDS.items():
         found = audit.lanes[lane]
         share = f" (calibrated {100 * audit.injected[lane]:.2f} %)" if lane in audit.injected else ""
         lines.append(f"{words}{share} reads {ratio_text(found)}: {_seen(lane, found)}")
@@ -110,7 +108,8 @@ def as_markdown(result: CompareResult) -> str:
         f"`{result.head.label}` against `{result.base.label}`. {settings_text(result)}.", "",
         "| scenario | verdict | head / base | pairs | E | what changed, why |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
-    lines += ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows_of(result)]
+    for row in rows_of(result):
+        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |")
     lines += ["", "<details><summary>How far this run can be believed</summary>", ""]
     lines += [f"- {line}" for line in (*audit_text(result), *result.notes)]
     lines += ["", "Ratios above 1 are slower. Exit codes: 3 regressed, 4 undecided, 0 passed.", "</details>"]

@@ -22,13 +22,13 @@ def timed(question: Question, evidence: Evidence) -> tuple[Scenario, ...]:
 
 
 def kernels(question: Question, evidence: Evidence) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Scenario -> path and parameters that base chose, of the "auto" ones."""
-    chosen = {
-        scenario.name: evidence.facts.get((scenario.name, "base"))
-        for scenario in timed(question, evidence)
-        if scenario.path == AUTO
-    }
-    return {name: (facts.path, facts.parameters) for name, facts in chosen.items() if facts is not None}
+    """Scenario -> path and parameters, of the "auto" ones in which both sides choose the same."""
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    for scenario in timed(question, evidence):
+        base, head = evidence.facts.get((scenario.name, "base")), evidence.facts.get((scenario.name, "head"))
+        if scenario.path == AUTO and base is not None and head is not None and base.choice == head.choice:
+            found[scenario.name] = (base.path, base.parameters)
+    return found
 
 
 def open_lanes(question: Question, evidence: Evidence) -> tuple[tuple[str, Lane], ...]:

@@ -1,12 +1,8 @@
 """Pairing: base, head and base once more in one process, timed in pairs; a coin decides which side is first.
 
-A pair is a few short samples of either side in turn (A B, B A, ...), each side's lower quartile being its time: a core
-that a neighbour takes away for a moment slows samples, never speeds them. Measured on two shared cores under full load,
-decode by varlen on one thread: sd of a pair's log ratio 3.6 % by the mean of 8, 3.8 % by the median, 1.6 % by this. The
-price: what strikes fewer than three of four samples is not seen in the time.
-The lanes by which a run audits itself are here: base against its twin, plain and with 1 % and 4 % of extra work of the
-same kind (products over slices of the scenario's own keys, on its device), calibrated in place. It compares nothing and
-decides nothing. Worker side.
+Each round takes one pair of every lane in random order: head against base in each scenario, and base against its twin,
+plain and with 1 % and 4 % of extra work, by which a run audits itself. It compares nothing and decides nothing. Worker
+side.
 """
 
 from __future__ import annotations
@@ -17,33 +13,15 @@ import random
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import torch
-from torch import Tensor
 
 from tuner.compare_record import INJECTED, Lane, Pair, Question, Scenario, Side
-from tuner.inputs import make_inputs
+from tuner.lanes import Stand, Watch
 from tuner.measure import THROTTLED_BELOW, sm_clock_reader
-from tuner.sides import Call, LoadedSide, leaves_of
-
-CALIBRATIONS = 9
-UNITS_AT_LEAST = 2
-"""In the 1 % lane, so that the 4 % lane is within half a per cent of what it says."""
-WARM_UP_CALLS = 3
-REPEATS = 16
-"""Samples of one side in a pair; fewer, 2 at least, where a single call takes longer than a sample should."""
-
-
-class Watch(Protocol):
-    """``tuner.measure.Stopwatch``, or a scripted one."""
-
-    def sample_us(self, call: Call, calls: int) -> float:
-        """Mean microseconds per call over ``calls`` calls."""
-
-    def calls_for(self, call: Call, target_us: float) -> int:
-        """Calls per sample of about ``target_us``."""
+from tuner.sides import LoadedSide
 
 
 class PairTrial(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,8 +41,11 @@ class PairTrial(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Rounds(msgspec.Struct, frozen=True, kw_only=True):
-    """A request: ``count`` rounds from ``first`` on, fewer where ``budget_s`` ends. In each round one pair per lane of
-    ``lanes``, and one of each audit lane on the scenarios of ``audited`` in turn. ``coin`` seeds order and coins."""
+    """A request: ``count`` rounds from ``first`` on, fewer where ``budget_s`` ends.
+
+    In each round one pair per lane of ``lanes``, and one of each audit lane on the scenarios of ``audited`` in turn, if
+    any. ``coin`` seeds the order of lanes and the coin of each pair.
+    """
 
     lanes: tuple[tuple[str, Lane], ...]
     audited: tuple[str, ...]
@@ -82,117 +63,6 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     clock_mhz: int
 
 
-class Padded:
-    """A call, and units of extra work after the last of each sample's calls: one everywhere, more in injected lanes.
-
-    The first unit also pays for leaving and entering the caches; as every sample has it, that cancels in a ratio.
-    """
-
-    def __init__(self, side: LoadedSide, scenario: Scenario, call: Call, unit: Call, calls: int, extra: int) -> None:
-        self.side, self.scenario, self.call = side, scenario, call
-        self.unit, self.calls, self.extra, self.turn = unit, calls, extra, 0
-
-    def __call__(self) -> None:
-        """One call of ``calls``."""
-        self.call()
-        self.turn += 1
-        if self.turn == self.calls:
-            self.turn = 0
-            for _ in range(1 + self.extra):
-                self.unit()
-
-
-class Stand:
-    """One scenario in this process: lane -> (base, other), each with buffers of its own, and calls per sample.
-
-    No two lanes share a call: what ran a moment ago is warm, and base would always be the warmer side.
-    """
-
-    def __init__(self, trial: PairTrial, scenario: Scenario, sides: dict[Side, LoadedSide], watch: Watch) -> None:
-        self.watch, self.scenario, self.sides = watch, scenario, sides
-        case = make_inputs(scenario.problem, scenario.pattern, 0, sides["base"].device)
-        self.case = leaves_of(case) if scenario.problem.mode == "train" else case
-        self.kernel = trial.kernels.get(scenario.name)
-        self.unit: Call = Unit(case.key, 1)
-        self.calls, self.extra = 1, dict.fromkeys(INJECTED, 0)
-        self.deal(random.Random(0))
-        some = self.lanes["aa"][0]
-        self.calls = watch.calls_for(some, trial.question.sample_us)
-        once_us = self.sample(some)
-        self.repeats = min(REPEATS, max(2, round(REPEATS * trial.question.sample_us / max(once_us * self.calls, 1e-3))))
-        self.injected = self._inject()
-
-    def deal(self, coin: random.Random) -> None:
-        """Make every lane's calls anew, in a coin's order: where buffers lie can cost 1 %, so that is drawn often."""
-        others: dict[Lane, Side] = {"head": "head", **dict.fromkeys(INJECTED, "twin")}
-        if self.kernel and all(self.kernel[0] in self.sides[side].package.PATHS for side in ("base", "head")):
-            others["kernel"] = "head"
-        self.lanes: dict[Lane, tuple[Padded, Padded]] = {}
-        for lane in coin.sample(list(others), len(others)):
-            made: dict[Side, Padded] = {}
-            for side in coin.sample(["base", others[lane]], 2):
-                made[side] = self._call(side, lane, self.extra.get(lane, 0) if side != "base" else 0)
-            self.lanes[lane] = (made["base"], made[others[lane]])
-        for call in [call for pair in self.lanes.values() for call in pair] * WARM_UP_CALLS:
-            call()
-
-    def _call(self, side: Side, lane: Lane, extra: int) -> Padded:
-        loaded = self.sides[side]
-        path, parameters = self.scenario.path, loaded.defaults(self.scenario)
-        if lane == "kernel" and self.kernel:
-            path, parameters = self.kernel
-        call = loaded.call(self.scenario, self.case, path, parameters)
-        return Padded(loaded, self.scenario, call, self.unit, self.calls, extra)
-
-    def _inject(self) -> dict[str, float]:
-        """Choose the unit of work and how many of it make 1 % and 4 % of a sample; lane -> the calibrated share."""
-        plain = self.lanes["aa"][0]
-        plain.calls = self.calls
-        sample_us = min(self.sample(plain) for _ in range(CALIBRATIONS)) * self.calls  # a guess, to size the unit
-        finest_us = INJECTED["slow_1"] * sample_us / UNITS_AT_LEAST
-        key, rows = self.case.key, 1
-        while rows < key.shape[2] and self._alone_us(Unit(key, 2 * rows)) < finest_us:
-            rows *= 2
-        self.unit = Unit(key, rows)
-        many = self.extra["aa"] = max(1, round(0.5 * sample_us / self._alone_us(self.unit)))
-        self.deal(random.Random(0))
-        measured = [self.pair("aa", base_first=turn % 2 == 0) for turn in range(CALIBRATIONS)]
-        unit_us = max(statistics.median(other - base for base, other in measured) * self.calls / many, 1e-3)
-        base_us = statistics.median(base for base, _ in measured) * self.calls
-        self.extra = {lane: round(share * base_us / unit_us) for lane, share in INJECTED.items()}
-        return {lane: extra * unit_us / base_us for lane, extra in self.extra.items()}
-
-    def _alone_us(self, unit: Call) -> float:
-        return max(min(self.watch.sample_us(unit, 20) for _ in range(CALIBRATIONS)), 1e-3)
-
-    def sample(self, call: Padded) -> float:
-        """Microseconds per call over one sample."""
-        return self.watch.sample_us(call, self.calls)
-
-    def pair(self, lane: Lane, *, base_first: bool) -> tuple[float, float]:
-        """(base, other): lower quartile of either side's samples, taken in turn."""
-        base, other = self.lanes[lane]
-        sides: list[tuple[Padded, list[float]]] = [(base, []), (other, [])]
-        for turn in range(self.repeats):
-            for call, taken in sides if (turn % 2 == 0) == base_first else reversed(sides):
-                taken.append(self.sample(call))
-        quartile = (self.repeats - 1) // 4
-        return sorted(sides[0][1])[quartile], sorted(sides[1][1])[quartile]
-
-
-class Unit:
-    """A little work of selection's own kind: products of the first ``rows`` keys of one group."""
-
-    def __init__(self, key: Tensor, rows: int) -> None:
-        self.keys = key.detach()[0, 0, :rows].contiguous()
-        self.query = self.keys[:1].t().contiguous()
-
-    def __call__(self) -> None:
-        """Do it once."""
-        with torch.no_grad():
-            torch.mm(self.keys, self.query)
-
-
 class PairBench:
     """All scenarios of a comparison in one process."""
 
@@ -204,10 +74,14 @@ class PairBench:
         make_watch: Callable[..., Watch] = getattr(importlib.import_module(module), name)
         self.about, self.clock, self.clocks = about, sm_clock_reader(device), list[int]()
         self.stands: dict[str, Stand] = {}
+        watches: dict[bool, Watch] = {}
         for scenario in trial.scenarios:
             about(f"{scenario.name}|head")  # base passed the same checks in a process of its own
-            watch = make_watch(device, cold=scenario.problem.cache == "cold")
-            self.stands[scenario.name] = Stand(trial, scenario, sides, watch)
+            cold = scenario.problem.cache == "cold"
+            watch = watches[cold] = watches.get(cold) or make_watch(device, cold=cold)
+            kernel = trial.kernels.get(scenario.name)
+            stand = Stand(scenario, sides, watch, sample_us=question.sample_us, kernel=kernel)
+            self.stands[scenario.name] = stand
 
     def prepared(self) -> tuple[dict[str, int], dict[str, dict[str, float]]]:
         """Scenario -> calls per sample, and -> lane -> injected share."""
@@ -226,8 +100,8 @@ class PairBench:
         try:
             for number in range(request.first, request.first + request.count):
                 coin = random.Random(f"{request.coin}/{number}")
-                audited = request.audited[number % len(request.audited)]
-                lanes = [*request.lanes, *((audited, lane) for lane in INJECTED)]
+                audited = request.audited[number % len(request.audited) :][:1] if request.audited else ()
+                lanes = [*request.lanes, *((name, lane) for name in audited for lane in INJECTED)]
                 coin.shuffle(lanes)
                 for name, lane in lanes:
                     pair = self._pair(name, lane, number, base_first=coin.random() < 0.5)

@@ -23,7 +23,7 @@ from optuna.storages.journal import JournalFileBackend
 from nsa.dispatch_table import default_candidate
 from nsa.paths import Candidate, Parameter, SelectionPath
 from nsa.problem import SelectionProblem
-from tuner import verdict
+from tuner import stats, verdict
 from tuner.ledger import Ledger, Proposal, Space
 from tuner.record import Environment, Record, RunFolder, Stage, Value, run_folders
 from tuner.rounds import aligned, by_round, rounds_of
@@ -266,6 +266,7 @@ class Search:
         timed = self.session.time(
             ready, count=count, batch=SCREEN_ROUNDS if stage == "screen" else SHOOTOUT_BATCH,
             first=next_round(self.of(family, problem, stage)), settled=settled,
+            least=1 if stage == "screen" else fewest_pairs(len(ready)),
             budget_s=self._share(SCREEN_SHARE if stage == "screen" else SHOOTOUT_SHARE),
         )  # fmt: skip
         for candidate in ready:
@@ -359,6 +360,11 @@ class Progress:
             name = proposal.candidate.name
             over = self.peaks.get(name, 0) - (memory_limit_bytes or 2**62)
             self.ledger.close(proposal, self.values[name], over, pruned=name in self.pruned)
+
+
+def fewest_pairs(candidates: int) -> int:
+    """Rounds after which a clear difference among so many candidates, the default included, can be certified."""
+    return stats.pairs_needed(alpha=verdict.PICK_ALPHA, scenarios=max(1, candidates - 1)) + 4
 
 
 def space_of(

@@ -25,6 +25,10 @@ TIMEOUT_S = 120.0
 """After that long without an answer a request counts as a hang."""
 
 
+LEAST_S = 20.0
+"""A shoot-out that could not prove anything is given that long beyond its budget."""
+
+
 class Timed(msgspec.Struct, frozen=True):
     """Shared rounds of the candidates that survived them, and the failures of those that did not."""
 
@@ -142,9 +146,11 @@ class Session:
         batch: int,
         first: int,
         budget_s: float,
+        least: int = 1,
         settled: Callable[[dict[str, dict[int, float]]], bool] = lambda _: False,
     ) -> Timed:
-        """``count`` shared rounds in batches, fewer where ``settled`` or out of time; at least one.
+        """``count`` shared rounds in batches, fewer where ``settled`` or out of time; ``least`` are made all the same
+        as long as they do not take LEAST_S.
 
         A candidate that fails or kills the worker is left out with its outcome and the others start over.
         """
@@ -152,7 +158,8 @@ class Session:
         done, began = Timed({}, failed), time.monotonic()
         taken = 0
         while ready and taken < count:
-            left = budget_s - (time.monotonic() - began)
+            spent = time.monotonic() - began
+            left = max(budget_s, LEAST_S if taken < least else 0.0) - spent
             if taken and left <= 0:
                 break
             request = Rounds(

@@ -52,6 +52,10 @@ class Axes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     cache: tuple[CacheState | Literal["deployed"], ...] = ("deployed",)
     pattern: tuple[Pattern, ...] = ("scored",)
 
+    def __post_init__(self) -> None:
+        if empty := [name for name in self.__struct_fields__ if not getattr(self, name)]:
+            raise ValueError(f"axes without a value: {', '.join(empty)}")
+
 
 class SweepDefinition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A sweep. ``budget_s``: wall-clock seconds to aim at. ``ladders``: path -> parameter -> values instead of the

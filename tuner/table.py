@@ -17,7 +17,7 @@ from nsa.dispatch_table import DispatchEntry, DispatchTable, read_dispatch_table
 from nsa.errors import DispatchTableError
 from nsa.paths import Candidate
 from nsa.problem import SelectionProblem
-from tuner import verdict
+from tuner import stats, verdict
 from tuner.record import Record, RunFolder, by_problem, write_whole
 from tuner.rounds import aligned_records
 
@@ -40,7 +40,11 @@ def entries_of(records: Iterable[Record]) -> list[DispatchEntry]:
 
 
 def entry_of(records: list[Record]) -> DispatchEntry | None:
-    """The pick of one problem's shoot-out, by ``verdict.pick``; None where the default was not measured."""
+    """The pick of one problem's shoot-out, by ``verdict.pick``.
+
+    None where the default was not measured, or where so few pairs were that no difference could have been certified:
+    a default that stays for want of looking is no evidence.
+    """
     by_name = {record.candidate: record for record in records if record.samples}
     default = next((name for name, record in by_name.items() if record.baseline), None)
     if default is None:
@@ -48,6 +52,8 @@ def entry_of(records: list[Record]) -> DispatchEntry | None:
     samples = aligned_records(list(by_name.values()))
     peaks = {name: record.peak_bytes or 0 for name, record in by_name.items()}
     chosen = verdict.pick(default, samples, peaks, verdict.PICK_ALPHA)
+    if chosen.pairs < stats.pairs_needed(alpha=verdict.PICK_ALPHA, scenarios=max(1, len(samples) - 1)):
+        return None
     winner = by_name[chosen.winner]
 
     def candidate(name: str) -> Candidate:
