@@ -56,7 +56,10 @@ def test_listing_paths_needs_neither_triton_nor_flash_attn():
 
 
 def test_help_imports_no_torch():
-    code = "import sys; sys.argv=['nsa-tune','--help']\nfrom tuner.__main__ import main\ntry: main()\nexcept SystemExit: pass"
+    code = (
+        "import sys; sys.argv = ['nsa-tune', '--help']\nfrom tuner.__main__ import main\n"
+        "try: main()\nexcept SystemExit: pass"
+    )
     assert not imported(code) & {"torch", "optuna", "matplotlib", "nsa"}
 
 

@@ -10,12 +10,14 @@ import statistics
 from collections.abc import Sequence
 
 import msgspec
+import torch
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from nsa.device import device_identity
 from nsa.dispatch_table import DispatchEntry, DispatchTable, default_candidate
 from tuner.record import Environment, Record, Value
 from tuner.search import Listener
@@ -127,14 +129,14 @@ def leaderboard(title: str, records: Sequence[Record]) -> Table:
 def outcome_table(records: Sequence[Record]) -> Table:
     """Each path: how many candidates had which outcome, and why not."""
     table = Table(title="What ran", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for column in ("path", "checked and attested", "not", "why not"):
-        table.add_column(column)
+    for column in ("path", "proven and timed", "not", "why not"):
+        table.add_column(column, justify="left" if column in ("path", "why not") else "right")
     for path in dict.fromkeys(record.path for record in records):
         mine = [record for record in records if record.path == path]
         good = {(record.candidate, describe(record)) for record in mine if record.outcome == "ok"}
         bad = {(r.outcome, r.reason) for r in mine if r.outcome != "ok"}
         reasons = "; ".join(f"{outcome}: {reason}" for outcome, reason in sorted(bad))
-        table.add_row(path, f"{len(good)} on problems", str(len(bad)) if bad else "", reasons[:150])
+        table.add_row(path, str(len(good)), str(len(bad)) if bad else "", reasons[:150])
     return table
 
 
@@ -184,10 +186,16 @@ def compared_with(entry: DispatchEntry, kind: str) -> str:
 
 
 def table_summary(table: DispatchTable) -> str:
-    """Device, software, and whether the table is stale here."""
-    software = table.software
-    stale = table.__dict__["stale"]
+    """Device, software, and whether the table holds for this machine."""
+    software, here = table.software, device_identity(table.device.kind) if usable(table.device.kind) else None
     versions = f"torch {software.torch}" + (f", triton {software.triton}" if software.triton else "")
-    return f"{len(table.entries)} entries for {table.device.name}, made with {versions}" + (
-        f"; STALE here: {stale}" if stale else "; current"
-    )
+    if here is None or here.slug != table.device.slug:
+        state = "for another device than this one"
+    else:
+        state = f"STALE here: {table.__dict__['stale']}" if table.__dict__["stale"] else "current"
+    return f"{len(table.entries)} entries for {table.device.name}, made with {versions}; {state}"
+
+
+def usable(kind: str) -> bool:
+    """Whether this machine has a device of a kind."""
+    return kind == "cpu" or torch.cuda.is_available()
