@@ -48,7 +48,9 @@ def test_every_nsa_tune_command_in_the_documents_exists():
     known = {command.name or command.callback.__name__ for command in app.registered_commands}
     known |= {group.name for group in app.registered_groups}
     for document in DOCUMENTS:
-        for name in re.findall(r"(?:`|^ *)nsa-tune ([a-z]+)", document.read_text(), re.MULTILINE):
+        text = document.read_text()
+        code = re.findall(r"```\w*\n(.*?)```", text, re.DOTALL) + re.findall(r"`([^`\n]+)`", text)
+        for name in re.findall(r"^ *nsa-tune ([a-z]+)", "\n".join(code), re.MULTILINE):
             assert name in known, (document.name, name)
 
 

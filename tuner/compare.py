@@ -129,8 +129,11 @@ class Comparing:
             must_import(workers[side], tree)
             for scenario in scenarios:
                 self.listener.working(f"checking {side}: {scenario.name}", self.left())
-                workers[side] = workers[side] if workers[side].alive else self.worker()
-                facts = facts_in(workers[side], self.question, side, tree, scenario)
+                for _ in range(DEATHS):
+                    workers[side] = workers[side] if workers[side].alive else self.worker()
+                    facts = facts_in(workers[side], self.question, side, tree, scenario)
+                    if facts.outcome == "ok" or workers[side].alive:
+                        break
                 self.write(Checked(scenario=scenario.name, side=side, facts=facts))
             workers[side].close()
         self.spare.close()
@@ -166,9 +169,8 @@ class Comparing:
                 question=self.question, order=tuple(order), scenarios=self.timed(),
                 kernels=pacing.kernels(self.question, self.evidence),
             )  # fmt: skip
-            calls, injected = worker.ask("prepare", trial, timeout_s=TIMEOUT_S)
-            begun = Launched(number=number, order=tuple(order), device=self.device, calls=calls, injected=injected)
-            self.write(begun)
+            calls = worker.ask("prepare", trial, timeout_s=TIMEOUT_S)
+            self.write(Launched(number=number, order=tuple(order), device=self.device, calls=calls))
             self._rounds(worker, number, coin, until)
         except (CandidateFailed, WorkerDied) as error:
             self._died(error.about if isinstance(error, WorkerDied) else worker.doing, error)
@@ -201,8 +203,9 @@ class Comparing:
         now = self.clock()
         spent, self.marked = round(now - self.marked, 3), now
         taken = Measured(
-            launch=number, pairs=answer.pairs, dropped=answer.dropped, clock_mhz=answer.clock_mhz, seconds=spent
-        )
+            launch=number, pairs=answer.pairs, dropped=answer.dropped, clock_mhz=answer.clock_mhz,
+            injected=answer.injected, seconds=spent,
+        )  # fmt: skip
         self.write(taken)
 
     def _died(self, about: str, error: CandidateFailed | WorkerDied) -> None:

@@ -79,28 +79,25 @@ class Checked(msgspec.Struct, frozen=True, kw_only=True, tag="check"):
 
 
 class Launched(msgspec.Struct, frozen=True, kw_only=True, tag="launch"):
-    """A worker was started: which side it loaded first, on what device, and what the injected lanes add there.
-
-    ``calls``: calls per sample by scenario. ``injected``: scenario -> lane -> calibrated share of extra work.
-    """
+    """A worker was started: in which order it loaded the sides, on what device. ``calls``: calls per sample."""
 
     number: int
     order: tuple[Side, ...]
     device: str
     calls: dict[str, int] = {}
-    injected: dict[str, dict[str, float]] = {}
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True, tag="pairs"):
     """Pairs of some rounds. ``dropped``: pairs discarded for throttling. ``clock_mhz``: median SM clock, 0 on a CPU.
 
-    ``seconds``: of the budget, spent since the line before.
+    ``injected``: scenario -> lane -> calibrated share of extra work. ``seconds``: of the budget, since the line before.
     """
 
     launch: int
     pairs: list[Pair]
     dropped: int = 0
     clock_mhz: int = 0
+    injected: dict[str, dict[str, float]] = {}
     seconds: float = 0.0
 
 

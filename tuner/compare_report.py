@@ -108,8 +108,8 @@ def as_markdown(result: CompareResult) -> str:
         f"`{result.head.label}` against `{result.base.label}`. {settings_text(result)}.", "",
         "| scenario | verdict | head / base | pairs | E | what changed, why |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
-    for row in rows_of(result):
-        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |")
+    rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows_of(result)]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
     lines += ["", "<details><summary>How far this run can be believed</summary>", ""]
     lines += [f"- {line}" for line in (*audit_text(result), *result.notes)]
     lines += ["", "Ratios above 1 are slower. Exit codes: 3 regressed, 4 undecided, 0 passed.", "</details>"]

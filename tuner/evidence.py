@@ -22,6 +22,7 @@ class Evidence:
         self.ratios: dict[tuple[str, Lane], list[float]] = {}
         self.audit: dict[Lane, list[float]] = {lane: [] for lane in INJECTED}
         self.clocks: dict[int, list[int]] = {}
+        self.injected: dict[Lane, list[float]] = {lane: [] for lane in INJECTED}
         self.by_launch: dict[str, dict[int, list[float]]] = {}
         self.rounds, self.dropped, self.seconds = 0, 0, 0.0
         for line in lines:
@@ -40,6 +41,9 @@ class Evidence:
         self.dropped += line.dropped
         self.seconds += line.seconds
         self.clocks.setdefault(line.launch, []).append(line.clock_mhz)
+        for shares in line.injected.values():
+            for lane in INJECTED:
+                self.injected[lane].append(shares[lane])
         for pair in line.pairs:
             self.rounds = max(self.rounds, pair.round + 1)
             ratio = math.log(pair.other_us / pair.base_us)

@@ -1,4 +1,4 @@
-"""Hiring: what the gate asks of a worker process before any clock: does a tree import, and is a scenario right there."""
+"""Hiring: what the gate asks of a worker before any clock is read: does a tree import, is a scenario right there."""
 
 from __future__ import annotations
 

@@ -116,10 +116,7 @@ def audit_of(question: Question, evidence: Evidence, *, smallest: bool = True) -
         lane: compared(question, evidence.audit[lane], 0.0 if lane == "slow_1" else None) for lane in INJECTED
     }
     alarm = lanes["aa"].verdict in ("slower", "faster")
-    shares = {
-        lane: [found[lane] for launch in evidence.launches for found in launch.injected.values() if lane in found]
-        for lane in ("slow_1", "slow_4")
-    }
+    shares = {str(lane): evidence.injected[lane] for lane in INJECTED if INJECTED[lane]}
     faults = list(faults_of(question, evidence, lanes, alarm))
     effect = None
     if smallest:
@@ -144,6 +141,8 @@ def faults_of(
         yield f"{len(evidence.launches)} of {question.launches} launches: more time is needed"
     if alarm:
         yield f"the A/A lane alarms: base against itself reads {ratio_text(lanes['aa'])}"
+    if lanes["slow_4"].ratio_low > 1.0 + 2 * INJECTED["slow_4"]:
+        yield f"the 4 % lane reads {ratio_text(lanes['slow_4'])}, which is not what was injected"
     if lanes["slow_4"].verdict != "slower":
         yield f"the 4 % lane was missed: it reads {ratio_text(lanes['slow_4'])}; {lanes['slow_4'].reason or 'faster'}"
 

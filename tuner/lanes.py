@@ -88,7 +88,12 @@ class Stand:
         once_us = self.sample(some)
         self.repeats = min(REPEATS, max(2, round(REPEATS * sample_us / max(once_us * self.calls, 1e-3))))
         self.warm_up_calls = min(WARM_UP_CALLS, max(1, round(WARM_UP_US / max(once_us, 1e-3))))
-        self.injected = self._inject()
+        for call in (call for pair in self.lanes.values() for call in pair):
+            call.calls = self.calls
+        self.shares: list[float] = []
+        self.many = self._size_unit()
+        self.deal(random.Random(0))
+        self.calibrate()
 
     def deal(self, coin: random.Random) -> None:
         """Make every lane's calls anew, in a coin's order: where buffers lie can cost 1 %, so that is drawn often."""
@@ -112,23 +117,31 @@ class Stand:
         call = loaded.call(self.scenario, self.case, path, parameters)
         return Padded(loaded, self.scenario, call, self.unit, self.calls, extra)
 
-    def _inject(self) -> dict[str, float]:
-        """Choose the unit of work and how many of it make 1 % and 4 % of a sample; lane -> the calibrated share."""
-        plain = self.lanes["aa"][0]
-        plain.calls = self.calls
-        sample_us = min(self.sample(plain) for _ in range(CALIBRATIONS)) * self.calls  # a guess, to size the unit
+    def _size_unit(self) -> int:
+        """Choose the unit of work, fine enough for the 1 % lane; how many of it make about half a sample."""
+        sample_us = min(self.sample(self.lanes["aa"][0]) for _ in range(CALIBRATIONS)) * self.calls
         finest_us = INJECTED["slow_1"] * sample_us / UNITS_AT_LEAST
         key, rows = self.case.key, 1
         while rows < key.shape[2] and self._alone_us(Unit(key, 2 * rows)) < finest_us:
             rows *= 2
         self.unit = Unit(key, rows)
-        many = self.extra["aa"] = max(1, round(0.5 * sample_us / self._alone_us(self.unit)))
-        self.deal(random.Random(0))
-        measured = [self.pair("aa", base_first=turn % 2 == 0) for turn in range(CALIBRATIONS)]
-        unit_us = max(statistics.median(other - base for base, other in measured) * self.calls / many, 1e-3)
-        base_us = statistics.median(base for base, _ in measured) * self.calls
-        self.extra = {lane: round(share * base_us / unit_us) for lane, share in INJECTED.items()}
-        return {lane: extra * unit_us / base_us for lane, extra in self.extra.items()}
+        return max(1, round(0.5 * sample_us / self._alone_us(self.unit)))
+
+    def calibrate(self) -> None:
+        """Measure in pairs which share of a sample one unit takes; the median over the whole launch is what counts.
+
+        A launch may begin while a neighbour holds the cores, and a single calibration then was off by a factor of 14.
+        """
+        loaded = self.lanes["aa"][1]
+        loaded.extra = self.many
+        for turn in range(CALIBRATIONS - 6 * bool(self.shares)):
+            base_us, other_us = self.pair("aa", base_first=turn % 2 == 0)
+            self.shares.append((other_us / base_us - 1.0) / self.many)
+        share = max(statistics.median(self.shares), 1e-6)
+        self.extra = {lane: round(wanted / share) for lane, wanted in INJECTED.items()}
+        self.injected = {lane: extra * share for lane, extra in self.extra.items()}
+        for lane in INJECTED:
+            self.lanes[lane][1].extra = self.extra[lane]
 
     def _alone_us(self, unit: Call) -> float:
         return max(min(self.watch.sample_us(unit, 20) for _ in range(CALIBRATIONS)), 1e-3)

@@ -51,6 +51,8 @@ class Ledger:
         self.generations = 1 if self.enumerated else GENERATIONS
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             self.study.tell(trial.number, state=TrialState.FAIL)  # the process that ran it was killed
+        for _ in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            self.study.tell(self.study.ask(), state=TrialState.FAIL)  # it was enqueued and never asked for
 
     def ask(self, generation: int) -> list[Proposal]:
         """The candidates of a generation, each once. All are proposed again after a kill; records say what is known."""
@@ -64,7 +66,7 @@ class Ledger:
         for _ in range(10 * PER_GENERATION):
             proposal = self._proposal()
             if proposal.candidate.name in seen:
-                self.study.tell(proposal.trial, state=TrialState.FAIL)
+                self.study.tell(proposal.trial, state=TrialState.PRUNED)  # of a failure TPE would learn nothing
                 continue
             seen.add(proposal.candidate.name)
             fresh.append(proposal)

@@ -56,11 +56,15 @@ class Rounds(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """Pairs in the order measured, pairs dropped for throttling, and the median SM clock (0 on a CPU)."""
+    """Pairs in the order measured, pairs dropped for throttling, and the median SM clock (0 on a CPU).
+
+    ``injected``: audited scenario -> lane -> share of extra work as calibrated so far in this launch.
+    """
 
     pairs: list[Pair]
     dropped: int
     clock_mhz: int
+    injected: dict[str, dict[str, float]] = {}
 
 
 class PairBench:
@@ -83,18 +87,17 @@ class PairBench:
             stand = Stand(scenario, sides, watch, sample_us=question.sample_us, kernel=kernel)
             self.stands[scenario.name] = stand
 
-    def prepared(self) -> tuple[dict[str, int], dict[str, dict[str, float]]]:
-        """Scenario -> calls per sample, and -> lane -> injected share."""
-        return (
-            {name: stand.calls for name, stand in self.stands.items()},
-            {name: stand.injected for name, stand in self.stands.items()},
-        )
+    def prepared(self) -> dict[str, int]:
+        """Scenario -> calls per sample."""
+        return {name: stand.calls for name, stand in self.stands.items()}
 
     def rounds(self, request: Rounds) -> Answer:
         """Measure. Garbage is collected before and not in between."""
         pairs, dropped, deadline = list[Pair](), 0, time.monotonic() + request.budget_s
         for name in {name for name, _ in request.lanes} | set(request.audited):
             self.stands[name].deal(random.Random(f"{request.coin}/{request.first}/{name}"))
+        for name in request.audited:
+            self.stands[name].calibrate()
         gc.collect()
         gc.disable()
         try:
@@ -111,7 +114,9 @@ class PairBench:
                     break
         finally:
             gc.enable()
-        return Answer(pairs=pairs, dropped=dropped, clock_mhz=round(statistics.median(self.clocks or [0])))
+        injected = {name: self.stands[name].injected for name in request.audited}
+        clock_mhz = round(statistics.median(self.clocks or [0]))
+        return Answer(pairs=pairs, dropped=dropped, clock_mhz=clock_mhz, injected=injected)
 
     def _pair(self, name: str, lane: Lane, number: int, *, base_first: bool) -> Pair | None:
         """One pair; None where the GPU was throttled."""

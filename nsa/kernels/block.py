@@ -1,6 +1,6 @@
 """One program per (block, some of the rows that chose it): the block's keys and values are loaded once for all of them.
 
-Each pair (row, block) leaves a partial output and its log-sum-exp; a row's partials are merged by the same launch. The
+Each pair (row, block) leaves a partial output, its maximum and its total; a row's partials are merged by the same launch. The
 grid goes unit by unit (a span of tokens of one group, ``invert``): first the unit's items, ``DELAY`` units later the
 programs that merge its rows, so that partials are read while they are still in L2, from a ring of ``RING`` units.
 Programs wait only for programs with lower numbers, which the device starts first.
@@ -33,20 +33,16 @@ from .layout import (
 
 @triton.jit
 def attend_item(
-    unit, i, Q, K0, K1, V, LENGTH, POSITION, PAIRS, ITEMS, DONE, FREE, PART, STAT,
-    S, T, G, spans, item_slots, merges, scale2, spb, sps, sqb, sqs, sqg, sqh, skb, skg, skt, svb, svg, svt,
+    unit, first, low, high, Q, K0, K1, V, LENGTH, POSITION, PAIRS, DONE, FREE, PART, STAT,
+    S, T, G, spans, merges, scale2, spb, sps, sqb, sqs, sqg, sqh, skb, skg, skt, svb, svg, svt,
     H: tl.constexpr, HP: tl.constexpr, NP: tl.constexpr, DK: tl.constexpr, DK0: tl.constexpr, DK1: tl.constexpr,
     DV: tl.constexpr, DVP: tl.constexpr, BS: tl.constexpr, TENSOR_LENGTH: tl.constexpr, DESCRIPTOR: tl.constexpr,
     TOKENS: tl.constexpr, SPAN: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
-    """Item ``i`` of ``unit``: TOKENS rows of HP heads at a time against one block."""
+    """Pairs ``low`` to ``high`` of ``unit``, TOKENS rows of HP heads at a time, against the block at key ``first``."""
     bg = unit // spans
     g = bg % G
     b = bg // G
-    item = ITEMS + (unit.to(tl.int64) * item_slots + i) * 3
-    first = tl.load(item) * BS
-    low = tl.load(item + 1)
-    high = tl.load(item + 2)
     length = key_count(LENGTH, b, T, TENSOR_LENGTH)
     full = context_length(LENGTH, b, TENSOR_LENGTH)
     k0 = load_rows(K0, b, g, first, length - first, skb, skg, skt, 0, DK, DK0, BS, DESCRIPTOR)
@@ -54,10 +50,9 @@ def attend_item(
     if DK1 > 0:
         k1 = load_rows(K1, b, g, first, length - first, skb, skg, skt, DK0, DK, DK1, BS, DESCRIPTOR)
     v = load_rows(V, b, g, first, length - first, svb, svg, svt, 0, DV, DVP, BS, DESCRIPTOR)
-    if unit >= RING:
-        free = tl.load(FREE + unit - RING, volatile=True)
-        while free < merges:
-            free = tl.atomic_add(FREE + unit - RING, 0, sem="acquire")
+    if unit >= RING:  # an atomic is one thread's and the same for all; a plain load could differ between threads
+        while tl.atomic_add(FREE + unit - RING, 0, sem="acquire") < merges:
+            pass
     rows = tl.arange(0, TOKENS * HP)
     head = rows % HP
     keys = tl.arange(0, BS)
@@ -81,13 +76,14 @@ def attend_item(
         top = tl.max(score, 1) * scale2
         weight = tl.math.exp2(score * scale2 - top[:, None])
         total = tl.sum(weight, 1)
-        out = tl.dot(weight.to(v.dtype), v, input_precision="ieee") * (1.0 / total)[:, None]
+        out = tl.dot(weight.to(v.dtype), v, input_precision="ieee")
         target = (ring + pair) * H + head
         keep = there[:, None]
         if DVP > DV:
             keep = keep & (columns < DV)[None, :]
         tl.store(PART + target[:, None] * DV + columns[None, :], out.to(PART.dtype.element_ty), mask=keep)
-        tl.store(STAT + target, top + tl.math.log2(total), mask=there)
+        tl.store(STAT + target * 2, top, mask=there)
+        tl.store(STAT + target * 2 + 1, total, mask=there)
     tl.debug_barrier()  # every thread's stores come before the one thread's release
     tl.atomic_add(DONE + unit, 1, sem="release")
 
@@ -98,7 +94,8 @@ def merge_rows(
     H: tl.constexpr, HP: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     MERGE_TOKENS: tl.constexpr, SPAN: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
-    """Rows ``i`` * MERGE_TOKENS and following of ``unit``: weigh their partials by their log-sum-exps and add."""
+    """Rows ``i`` * MERGE_TOKENS and following of ``unit``: add their partials, each brought to the largest maximum."""
+    UNROLL: tl.constexpr = min(N, 8)
     bg = unit // spans
     local = i * MERGE_TOKENS + tl.arange(0, MERGE_TOKENS)
     s = (unit % spans) * SPAN + local
@@ -112,21 +109,23 @@ def merge_rows(
         pass
     place = ((unit % RING) * SPAN + local).to(tl.int64) * NP
     real = heads < H
-    stat = tl.load(STAT + (place[:, None, None] + slots[None, :, None]) * H + heads[None, None, :],
-                   mask=first[:, :, None] & real[None, None, :], other=-float("inf"), cache_modifier=".cg")  # fmt: skip
-    top = tl.max(stat, 1)
+    stat = STAT + ((place[:, None, None] + slots[None, :, None]) * H + heads[None, None, :]) * 2
+    there = first[:, :, None] & real[None, None, :]
+    tops = tl.load(stat, mask=there, other=-float("inf"), cache_modifier=".cg")
+    totals = tl.load(stat + 1, mask=there, other=0.0, cache_modifier=".cg")
+    top = tl.max(tops, 1)
     top = tl.where(top > -float("inf"), top, 0.0)
-    total = tl.sum(tl.math.exp2(stat - top[:, None, :]), 1)
+    total = tl.sum(tl.math.exp2(tops - top[:, None, :]) * totals, 1)
     divisor = tl.where(total > 0, total, 1.0)
     inverse = 1.0 / divisor
     out = tl.zeros([MERGE_TOKENS, HP, DVP], tl.float32)
-    for slot in tl.range(0, N, loop_unroll_factor=4):
+    for slot in tl.range(0, N, loop_unroll_factor=UNROLL):
         here = (((chosen >> slot) & 1) == 1)[:, None] & real[None, :]
         source = (place + slot)[:, None] * H + heads[None, :]
-        logsum = tl.load(STAT + source, mask=here, other=-float("inf"), cache_modifier=".cg")
+        one = tl.load(STAT + source * 2, mask=here, other=-float("inf"), cache_modifier=".cg")
         part = tl.load(PART + source[:, :, None] * DV + columns[None, None, :],
                        mask=here[:, :, None] & (columns < DV)[None, None, :], other=0.0, cache_modifier=".cg")  # fmt: skip
-        out += (tl.math.exp2(logsum - top) * inverse)[:, :, None] * part.to(tl.float32)
+        out += (tl.math.exp2(one - top) * inverse)[:, :, None] * part.to(tl.float32)
     row = (((bg // G).to(tl.int64) * S + s) * G + bg % G)[:, None] * H + heads[None, :]
     keep = (s < S)[:, None] & real[None, :]
     tl.store(OUT + row[:, :, None] * DV + columns[None, None, :], out.to(OUT.dtype.element_ty),
@@ -152,10 +151,14 @@ def nsa_block_forward(
     i = pid % (item_slots + merges)
     if i < item_slots:
         if turn < units:
+            item = ITEMS + (turn.to(tl.int64) * item_slots + i) * 3
+            block = tl.load(item)  # all four loads at once: past the count they are nothing and unused
+            low = tl.load(item + 1)
+            high = tl.load(item + 2)
             if i < tl.load(ITEM_COUNT + turn):
                 attend_item(
-                    turn, i, Q, K0, K1, V, LENGTH, POSITION, PAIRS, ITEMS, DONE, FREE, PART, STAT,
-                    S, T, G, spans, item_slots, merges, scale2, spb, sps,
+                    turn, block * BS, low, high, Q, K0, K1, V, LENGTH, POSITION, PAIRS, DONE, FREE, PART, STAT,
+                    S, T, G, spans, merges, scale2, spb, sps,
                     sqb, sqs, sqg, sqh, skb, skg, skt, svb, svg, svt,
                     H, HP, NP, DK, DK0, DK1, DV, DVP, BS, TENSOR_LENGTH, DESCRIPTOR, TOKENS, SPAN, RING,
                 )  # fmt: skip
@@ -183,11 +186,13 @@ def forward(
     partial: ParameterValue,
     warps: ParameterValue,
     stages: ParameterValue,
+    registers: ParameterValue,
     loads: ParameterValue,
 ) -> Tensor:
     """Output (B, S, G, h, Dv); fills ``logsum`` (B, S, G, h) float32 if given. Shapes as in ``nsa.problem``.
 
-    ``rows`` query x head rows are multiplied at a time, ``item_rows`` of them are one program's work.
+    ``rows`` query x head rows are multiplied at a time, ``item_rows`` of them are one program's work; ``registers``
+    bounds a thread's, 0 = the compiler's choice.
     """
     batch, queries, groups, heads, _ = unit_last(query, "query").shape
     width, device = value.shape[3], value.device
@@ -200,8 +205,8 @@ def forward(
     held = min(int(ring), units)
     part_rows = held * lists.span_tokens * slots * heads
     part = scratch(workspace, "triton_block.part", part_rows, width, partial_dtype(str(partial), value), device)
-    stat = scratch(workspace, "triton_block.stat", part_rows, 1, torch.float32, device)
-    merge_tokens = max(1, 32 // padded)
+    stat = scratch(workspace, "triton_block.stat", part_rows, 2, torch.float32, device)
+    merge_tokens = max(1, 16 // padded)
     merges = triton.cdiv(lists.span_tokens, merge_tokens)
     delay = 1
     sources = key_sources(key, value, selection, constants, str(loads))
@@ -212,7 +217,7 @@ def forward(
         queries, key.shape[2], groups, units, lists.spans, lists.item_slots, merges, scale * LOG2E,
         *position_strides, *query.stride()[:4], *key.stride()[:3], *value.stride()[:3],
         **constants, DESCRIPTOR=loads == "descriptor", TOKENS=tokens, MERGE_TOKENS=merge_tokens,
-        SPAN=lists.span_tokens, RING=held, DELAY=delay, num_warps=int(warps), num_stages=int(stages),
+        SPAN=lists.span_tokens, RING=held, DELAY=delay, num_warps=int(warps), num_stages=int(stages), maxnreg=int(registers) or None,
     )  # fmt: skip
     return out
 

@@ -138,7 +138,7 @@ def nsa_decode_forward(
     out, top, total = attend(
         q0, q1, e0, e1, e2, e3, heads, limit, K0, K1, V, b, g, length, scale2,
         skb, skg, skt, svb, svg, svt,
-        M, 0, CHUNKS, DK, DK0, DK1, DV, DVP, BS, DESCRIPTOR,
+        M, 0, CHUNKS, DK, DK0, DK1, DV, DVP, BS, BS, DESCRIPTOR,
     )  # fmt: skip
     place = place.to(tl.int64)
     keep = (heads < H)[:, None] & (columns < DV)[None, :]

@@ -56,8 +56,8 @@ def nsa_gradient_block(
     DK1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BS: tl.constexpr, TENSOR_LENGTH: tl.constexpr,
     TOKENS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * G * item_slots,): item i of the span of each (b, g). Scores stand transposed, (keys, rows), so that
-    they enter the key and value products without a transposition."""
+    """Grid (B * G * item_slots,): item i of the span of each (b, g). Scores stand transposed, (keys, rows): they enter
+    the key and value products from registers, and every product has 64 or more rows of keys or head dim."""
     pid = tl.program_id(0)
     bg = pid // item_slots
     i = pid % item_slots
@@ -108,19 +108,18 @@ def nsa_gradient_block(
             slope = (weight * (slope - delta[None, :])).to(q0.dtype)
             dk0 = tl.dot(slope, q0, dk0, input_precision="ieee")
             target = (pair - span * (SPAN * NP)).to(tl.int64) + bg.to(tl.int64) * (SPAN * NP)
-            target = (target * H + head)[:, None] * DK
-            turned = tl.trans(slope)
-            dq0 = tl.dot(turned, k0, input_precision="ieee")
-            keep = there[:, None]
+            target = (target * H + head)[None, :] * DK
+            dq0 = tl.dot(tl.trans(k0), slope, input_precision="ieee")
+            keep = there[None, :]
             if DK0 > DK:
-                keep = keep & (columns0 < DK)[None, :]
-            tl.store(PART_Q + target + columns0[None, :], dq0.to(PART_Q.dtype.element_ty), mask=keep)
+                keep = keep & (columns0 < DK)[:, None]
+            tl.store(PART_Q + target + columns0[:, None], dq0.to(PART_Q.dtype.element_ty), mask=keep)
             if DK1 > 0:
                 dk1 = tl.dot(slope, q1, dk1, input_precision="ieee")
-                dq1 = tl.dot(turned, k1, input_precision="ieee")
+                dq1 = tl.dot(tl.trans(k1), slope, input_precision="ieee")
                 columns1 = DK0 + tl.arange(0, DK1)
-                tl.store(PART_Q + target + columns1[None, :], dq1.to(PART_Q.dtype.element_ty),
-                         mask=there[:, None] & (columns1 < DK)[None, :])  # fmt: skip
+                tl.store(PART_Q + target + columns1[:, None], dq1.to(PART_Q.dtype.element_ty),
+                         mask=there[None, :] & (columns1 < DK)[:, None])  # fmt: skip
         part = PART_KV + (pid.to(tl.int64) * BS + keys)[:, None] * (DK + DV)
         tl.store(part + columns0[None, :], dk0, mask=(columns0 < DK)[None, :])
         if DK1 > 0:
@@ -137,6 +136,7 @@ def nsa_gradient_query(
 ):  # fmt: skip
     """Grid (B * G * tiles,): a row's query gradient is ``scale`` times the sum of its partials."""
     tiles: tl.constexpr = (SPAN + TILE - 1) // TILE
+    UNROLL: tl.constexpr = min(N, 8)
     pid = tl.program_id(0)
     bg = (pid // tiles).to(tl.int64)
     local = (pid % tiles) * TILE + tl.arange(0, TILE)
@@ -148,7 +148,7 @@ def nsa_gradient_query(
     chosen = tl.load(CHOSEN + bg * S + s, mask=s < S, other=0)
     place = (bg * SPAN + local) * NP
     total = tl.zeros([TILE, HP, DKP], tl.float32)
-    for slot in tl.range(0, N, loop_unroll_factor=4):
+    for slot in tl.range(0, N, loop_unroll_factor=UNROLL):
         here = (((chosen >> slot) & 1) == 1)[:, None] & real
         source = ((place + slot)[:, None] * H + heads[None, :]) * DK
         part = tl.load(PART_Q + source[:, :, None] + columns[None, None, :], mask=here[:, :, None] & inside, other=0.0)
@@ -211,6 +211,7 @@ def backward(
     backward_partial: ParameterValue = "value",
     backward_warps: ParameterValue = 8,
     backward_stages: ParameterValue = 2,
+    backward_registers: ParameterValue = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; ``out`` (B, S, G, h, Dv) and ``logsum`` (B, S, G, h) are the forward's."""
     batch, queries, groups, heads, width = query.shape
@@ -243,7 +244,7 @@ def backward(
             part_query, part_keys, queries, keys, groups, lists.spans, span, lists.item_slots, scale * LOG2E,
             *position_strides, *query.stride()[:4], *key.stride()[:3], *value.stride()[:3],
             **constants, TOKENS=tokens, SPAN=lists.span_tokens,
-            num_warps=int(backward_warps), num_stages=int(backward_stages),
+            num_warps=int(backward_warps), num_stages=int(backward_stages), maxnreg=int(backward_registers) or None,
         )  # fmt: skip
         _reduce(
             query_grad, key_grad, value_grad, part_query, part_keys, lists, span, scale, constants, queries, keys

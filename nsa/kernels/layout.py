@@ -171,28 +171,35 @@ def attend(
     DV: tl.constexpr,
     DVP: tl.constexpr,
     BS: tl.constexpr,
+    STEP: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
 ):
     """Online softmax of M query rows over the entries held in registers, in ascending order.
 
     An entry is ``block << TOKENS | bits`` where bit i says that token i of the tile chose the block; with TOKENS 0 it
     is the block and every row chose it. ``member`` (M,) is each row's token, ``limit`` (M,) or scalar its limit.
-    Returns (weighted values (M, DVP), running maximum (M,), total (M,)), not yet divided.
+    Returns (weighted values (M, DVP), running maximum (M,), total (M,)), not yet divided. STEP keys are taken at a time:
+    fewer than a block need less shared memory, so that more programs share a multiprocessor.
     The loop has no branch, so that its loads are pipelined.
     """
     top = tl.full([M], LOWEST, tl.float32)
     total = tl.zeros([M], tl.float32)
     out = tl.zeros([M, DVP], tl.float32)
-    keys = tl.arange(0, BS)
+    keys = tl.arange(0, STEP)
+    parts: tl.constexpr = BS // STEP
     last = -1
-    for _ in range(count_entries(e0, e1, e2, e3, CHUNKS)):
+    for i in range(count_entries(e0, e1, e2, e3, CHUNKS) * parts):
         entry = next_entry(e0, e1, e2, e3, last, CHUNKS)
-        last = entry
         first = (entry >> TOKENS) * BS
-        k0 = load_rows(K0, b, g, first, length - first, skb, skg, skt, 0, DK, DK0, BS, DESCRIPTOR)
+        if parts > 1:
+            first += (i % parts) * STEP
+            last = tl.where(i % parts == parts - 1, entry, last)
+        else:
+            last = entry
+        k0 = load_rows(K0, b, g, first, length - first, skb, skg, skt, 0, DK, DK0, STEP, DESCRIPTOR)
         score = tl.dot(q0, tl.trans(k0), input_precision="ieee")
         if DK1 > 0:
-            k1 = load_rows(K1, b, g, first, length - first, skb, skg, skt, DK0, DK, DK1, BS, DESCRIPTOR)
+            k1 = load_rows(K1, b, g, first, length - first, skb, skg, skt, DK0, DK, DK1, STEP, DESCRIPTOR)
             score = tl.dot(q1, tl.trans(k1), score, input_precision="ieee")
         if TOKENS > 0:
             reach = tl.where(((entry >> member) & 1) == 1, limit - first, 0)
@@ -203,7 +210,7 @@ def attend(
         weight = tl.math.exp2(score * scale2 - (new_top * scale2)[:, None])
         decay = tl.math.exp2((top - new_top) * scale2)
         total = total * decay + tl.sum(weight, 1)
-        v = load_rows(V, b, g, first, length - first, svb, svg, svt, 0, DV, DVP, BS, DESCRIPTOR)
+        v = load_rows(V, b, g, first, length - first, svb, svg, svt, 0, DV, DVP, STEP, DESCRIPTOR)
         out = tl.dot(weight.to(v.dtype), v, out * decay[:, None], input_precision="ieee")
         top = new_top
     return out, top, total
@@ -269,9 +276,9 @@ def unit_last(tensor: Tensor, name: str) -> Tensor:
 
 
 def key_sources(
-    key: Tensor, value: Tensor, selection: Selection, constants: dict[str, int | bool], loads: str
+    key: Tensor, value: Tensor, selection: Selection, constants: dict[str, int | bool], loads: str, step: int = 0
 ) -> tuple[Any, Any, Any]:
-    """(K0, K1, V) as kernels take them: the tensors, or tensor-map descriptors of one block each.
+    """(K0, K1, V) as kernels take them: the tensors, or tensor-map descriptors of ``step`` keys each, 0 = a block.
 
     Raises UnsupportedPathError where descriptors cannot be: strides that are no multiple of 16 bytes, or a context
     length on the device (what lies behind it could be NaN, and a descriptor reads it).
@@ -283,7 +290,7 @@ def key_sources(
     if isinstance(selection.context_length, Tensor):
         raise UnsupportedPathError("descriptor loads need a context length known on the host; take loads='pointer'")
     keys = min(key.shape[2], selection.context_length)
-    size = selection.block_size
+    size = step or selection.block_size
     second = _descriptor(key, keys, size, int(constants["DK1"])) if constants["DK1"] else None
     return (
         _descriptor(key, keys, size, int(constants["DK0"])),
@@ -292,7 +299,7 @@ def key_sources(
     )
 
 
-def _descriptor(tensor: Tensor, keys: int, block_size: int, width: int) -> TensorDescriptor:
+def _descriptor(tensor: Tensor, keys: int, step: int, width: int) -> TensorDescriptor:
     item = tensor.element_size()
     if any(stride * item % 16 for stride in tensor.stride()[:3]) or tensor.data_ptr() % 16:
         raise UnsupportedPathError(
@@ -300,4 +307,4 @@ def _descriptor(tensor: Tensor, keys: int, block_size: int, width: int) -> Tenso
             "take loads='pointer'"
         )
     shape = [tensor.shape[0], tensor.shape[1], keys, tensor.shape[3]]
-    return TensorDescriptor(tensor, shape, list(tensor.stride()), [1, 1, block_size, width])
+    return TensorDescriptor(tensor, shape, list(tensor.stride()), [1, 1, step, width])

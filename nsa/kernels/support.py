@@ -21,6 +21,7 @@ BACKWARD_PARAMETERS = (
     "backward_partial",
     "backward_warps",
     "backward_stages",
+    "backward_registers",
 )
 KERNELS = {
     "triton_token": r"^nsa_token_forward$",
@@ -117,7 +118,8 @@ def backward_ladders(problem: SelectionProblem) -> list[Ladder]:
         {"name": "backward_span", "ladder": (0, 4096, 16384, 65536), "default": 16384},
         {"name": "backward_partial", "ladder": ("value", "float32"), "default": "value"},
         {"name": "backward_warps", "ladder": (4, 8), "default": 8},
-        {"name": "backward_stages", "ladder": (1, 2, 3), "default": 1 if wide else 2},
+        {"name": "backward_stages", "ladder": (1, 2, 3, 4), "default": 1 if wide else 2},
+        {"name": "backward_registers", "ladder": (0, 128, 168), "default": 0},
     ]
 
 

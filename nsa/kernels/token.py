@@ -108,7 +108,7 @@ def nsa_token_forward(
     out, top, total = attend(
         q0, q1, e0, e1, e2, e3, heads, limit, K0, K1, V, b, g, length, scale2,
         skb, skg, skt, svb, svg, svt,
-        M, 0, CHUNKS, DK, DK0, DK1, DV, DVP, BS, DESCRIPTOR,
+        M, 0, CHUNKS, DK, DK0, DK1, DV, DVP, BS, BS, DESCRIPTOR,
     )  # fmt: skip
     out, logsum = finish(out, top, total, scale2)
     place = ((b.to(tl.int64) * S + s) * G + g) * H

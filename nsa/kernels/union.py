@@ -98,6 +98,7 @@ def nsa_union_forward(
     BS: tl.constexpr,
     TENSOR_LENGTH: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
+    STEP: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
     """Grid (B * G * tiles,), tiles of TOKENS tokens, of one group beside each other, last (longest) tiles first."""
@@ -140,7 +141,7 @@ def nsa_union_forward(
     out, top, total = attend(
         q0, q1, e0, e1, e2, e3, member, limit, K0, K1, V, b, g, length, scale2,
         skb, skg, skt, svb, svg, svt,
-        M, TOKENS, CHUNKS, DK, DK0, DK1, DV, DVP, BS, DESCRIPTOR,
+        M, TOKENS, CHUNKS, DK, DK0, DK1, DV, DVP, BS, STEP, DESCRIPTOR,
     )  # fmt: skip
     out, logsum = finish(out, top, total, scale2)
     row = ((b.to(tl.int64) * S + tile * TOKENS) * G + g) * H
@@ -162,6 +163,7 @@ def forward(
     logsum: Tensor | None,
     *,
     tokens: ParameterValue,
+    step: ParameterValue,
     warps: ParameterValue,
     stages: ParameterValue,
     loads: ParameterValue,
@@ -169,14 +171,15 @@ def forward(
     """Output (B, S, G, h, Dv); fills ``logsum`` (B, S, G, h) float32 if given. Shapes as in ``nsa.problem``."""
     batch, queries, groups, heads, _ = unit_last(query, "query").shape
     out = torch.empty((batch, queries, groups, heads, value.shape[3]), dtype=value.dtype, device=value.device)
+    keys = min(int(step), selection.block_size)
     constants = shape_constants(query, value, selection)
-    sources = key_sources(key, value, selection, constants, str(loads))
+    sources = key_sources(key, value, selection, constants, str(loads), keys)
     length, positions, *position_strides = selection_arguments(selection)
     nsa_union_forward[(batch * groups * triton.cdiv(queries, int(tokens)),)](
         query, *sources, selection.blocks, length, positions, out, logsum,
         queries, key.shape[2], groups, scale * LOG2E, *position_strides,
         *query.stride()[:4], *key.stride()[:3], *value.stride()[:3], *selection.blocks.stride(),
-        **constants, DESCRIPTOR=loads == "descriptor", TOKENS=int(tokens),
+        **constants, DESCRIPTOR=loads == "descriptor", STEP=keys, TOKENS=int(tokens),
         num_warps=int(warps), num_stages=int(stages),
     )  # fmt: skip
     return out

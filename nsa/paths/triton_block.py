@@ -17,8 +17,8 @@ from .base import Evidence, Parameter, Parameters
 
 def tunables(problem: SelectionProblem, device: torch.device) -> tuple[Parameter, ...]:
     """``span``: tokens sorted and merged together, 0 = all; ``rows``: query x head rows multiplied at a time, of which
-    a program takes ``item_rows``; ``ring``: spans whose partials are held; ``partial``: their dtype; ``warps`` and
-    ``stages``; ``loads`` of keys and values; in mode train the backward's."""
+    a program takes ``item_rows``; ``ring``: spans whose partials are held; ``partial``: their dtype; ``warps``,
+    ``stages`` and ``registers`` (0 = the compiler's choice); ``loads`` of keys and values; in mode train the backward's."""
     descriptor = support.loads_reason("triton_block", "descriptor", problem, device) is None
     heads = support.padded(problem.h)
     spans = (512, 1024, 2048, 4096, 8192)
@@ -29,7 +29,8 @@ def tunables(problem: SelectionProblem, device: torch.device) -> tuple[Parameter
         Parameter("ring", (2, 3, 4, 8), 3),
         Parameter("partial", ("value", "float32"), "value"),
         Parameter("warps", (4, 8), 4),
-        Parameter("stages", (1, 2, 3), 2),
+        Parameter("stages", (1, 2, 3, 4), 3),
+        Parameter("registers", (0, 128, 160), 0),
         Parameter("loads", ("pointer", "descriptor") if descriptor else ("pointer",), "pointer"),
         *(Parameter(**ladder) for ladder in support.backward_ladders(problem)),
     )
@@ -45,7 +46,7 @@ def unsupported(problem: SelectionProblem, device: torch.device, parameters: Par
         return reason
     rows = max(int(parameters.get("rows", 64)), support.padded(problem.h))
     row_bytes = support.padded(problem.Dk, 16) * problem.item_bytes
-    needed = support.block_bytes(problem) + int(parameters.get("stages", 2)) * rows * row_bytes
+    needed = support.block_bytes(problem) + int(parameters.get("stages", 3)) * rows * row_bytes
     return support.shared_reason("triton_block", needed) or support.backward_reason(
         "triton_block", problem, parameters
     )
@@ -75,7 +76,8 @@ def run(
     ring: ParameterValue = 3,
     partial: ParameterValue = "value",
     warps: ParameterValue = 4,
-    stages: ParameterValue = 2,
+    stages: ParameterValue = 3,
+    registers: ParameterValue = 0,
     loads: ParameterValue = "pointer",
     **backward: ParameterValue,
 ) -> Tensor:
@@ -90,6 +92,7 @@ def run(
         "partial": partial,
         "warps": warps,
         "stages": stages,
+        "registers": registers,
         "loads": loads,
     }
 
