@@ -8,6 +8,7 @@ generations without duplicates. It measures nothing.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 
 import msgspec
@@ -38,11 +39,14 @@ class Ledger:
 
     def __init__(self, name: str, space: Space, storage: optuna.storages.BaseStorage | str, seed: int) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of multivariate and group
+            sampler = optuna.samplers.TPESampler(multivariate=True, group=True, seed=seed)
         self.space = space
         self.study = optuna.create_study(
             study_name=name,
             storage=storage,
-            sampler=optuna.samplers.TPESampler(multivariate=True, group=True, seed=seed),
+            sampler=sampler,
             pruner=optuna.pruners.ThresholdPruner(upper=PRUNE_ABOVE),
             direction="minimize",
             load_if_exists=True,

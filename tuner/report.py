@@ -23,6 +23,8 @@ from tuner.record import Environment, Record, Value
 from tuner.search import Listener
 
 LEADERS = 6
+BUSY = 0.02
+"""By how much equal work may read as unequal before we say so."""
 FAILED = ("wrong", "fell_back", "oom", "crash", "hang", "compile_error")
 
 
@@ -52,6 +54,8 @@ class LiveProgress(Listener):
         self.console.print(f"{environment.sweep['name']}: {problems} problems on {device}, run {environment.run_id}")
         reads = ", ".join(f"{k} reads {environment.timer[f'{k} reads']}" for k in ("1.00", "1.01", "1.04"))
         self.console.print(f"timer self-test: {reads}")
+        if abs(float(environment.timer["1.00 reads"]) - 1) > BUSY:
+            self.console.print("this machine is busy: equal work does not read as equal; expect ties and wide intervals")
         if resumed:
             self.console.print(f"resumed with {resumed} records{'; ' + word if word else ''}")
 
