@@ -1,0 +1,346 @@
+"""Claims about a whole sweep: it runs end to end, a kill loses what was being measured, broken paths stop nothing."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import optuna
+import pytest
+import torch
+from optuna.storages.journal import JournalFileBackend
+
+from nsa.device import device_identity, software_identity
+from nsa.paths import PATHS, Parameter
+from tests.tuner import misbehaving
+from tuner.record import Environment, Record, RunFolder, by_problem
+from tuner.search import EFFORTS, Listener, Search, fewest_pairs, narrowed, reserve_rungs, space_of
+from tuner.sweep import families, read_sweep
+from tuner.table import entries_of
+
+ROOT = Path(__file__).parents[2]
+QUICK = EFFORTS["quick"]
+LISTED = ("gather", "dense", "varlen", "packed")
+BROKEN = {
+    "exits": "crash",
+    "raises": "crash",
+    "exits_while_timed": "crash",
+    "runs_out_of_memory": "oom",
+    "off_by_a_percent": "wrong",
+    "runs_packed": "fell_back",
+    "needs_a_gpu": "unsupported",
+}
+SWEEP = """
+name = "tiny"
+description = "two contexts in decode"
+budget_s = 4.0
+paths = [{paths}]
+[axes]
+modes = ["decode"]
+contexts = [32, 64]
+heads = [2]
+kv_heads = [1]
+head_dim = [8]
+block_size = [16]
+topk = [2]
+[ladders.packed]
+bucket_rounding = [16]
+"""
+
+RUN_UNTIL_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from tests.tuner.test_search import search
+from tuner.search import Listener
+
+class Killer(Listener):
+    def recorded(self, record):
+        if record.stage == "shootout":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+search(Path(sys.argv[1]), Path(sys.argv[2]), Killer()).run()
+"""
+
+
+def written(folder: Path, paths: tuple[str, ...]) -> Path:
+    """The sweep's file."""
+    file = folder / "tiny.toml"
+    file.write_text(SWEEP.replace("{paths}", ", ".join(f'"{name}"' for name in paths)))
+    return file
+
+
+class Ear(Listener):
+    """Remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.word, self.resumed = "", 0
+        self.told: list[tuple[str, float]] = []
+        self.records: list[Record] = []
+        self.done: list[float] = []
+
+    def started(self, environment: Environment, problems: int, resumed: int, word: str) -> None:
+        self.environment, self.problems, self.resumed, self.word = environment, problems, resumed, word
+
+    def working(self, what: str, done: float, seconds_left: float) -> None:
+        self.done.append(done)
+        self.told.append((what, seconds_left))
+
+    def recorded(self, record: Record) -> None:
+        self.records.append(record)
+
+
+class Swept(msgspec.Struct):
+    """A sweep that reached its end, and what its file held when it had been killed."""
+
+    folder: RunFolder
+    records: list[Record]
+    heard: Any
+    before: bytes = b""
+    killed: str = ""
+    exit_code: int = 0
+
+
+def search(file: Path, out: Path, ear: Listener | None = None, **changes: Any) -> Search:
+    """A search over the real paths unless told, with a short self-test: on busy cores the whole one takes 20 s."""
+    options = {"device": "cpu", "commit": "abc", "effort": QUICK, "paths": PATHS, **changes}
+    found = Search(read_sweep(str(file)), out=out, listener=ear, **options)
+    ask = found.session.ask
+    found.session.ask = lambda verb, argument=None: ask(verb, 3 if verb == "self_test" else argument)  # type: ignore[method-assign]
+    return found
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> Swept:
+    """A sweep killed after its first shoot-out record, with a line half written, and run again."""
+    place = tmp_path_factory.mktemp("resumed")
+    file, out = written(place, LISTED), place / "out"
+    command = [sys.executable, "-c", RUN_UNTIL_KILLED, str(file), str(out)]
+    killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    (trials,) = out.glob("records/*/tiny/*/trials.jsonl")
+    before = trials.read_bytes()
+    trials.write_bytes(before + b'{"run_id":"2026')
+    ear = Ear()
+    folder = search(file, out, ear).run()
+    records, word = folder.records()
+    assert word == ""
+    return Swept(folder, records, ear, before, trials.parent.name, killed.returncode)
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Swept:
+    """A sweep over twins that misbehave, beside the default and a right path."""
+    place = tmp_path_factory.mktemp("broken")
+    file, ear = written(place, ("gather", "dense", *BROKEN)), Ear()
+    folder = search(
+        file, place / "out", ear, paths=misbehaving.PATHS, registry=misbehaving.REGISTRY
+    ).run()  # fmt: skip
+    return Swept(folder, folder.records()[0], ear)
+
+
+def seen(records: list[Record], stage: str) -> set[tuple[Any, str]]:
+    """(context, path) of a stage."""
+    return {(record.problem["T"], record.path) for record in records if record.stage == stage}
+
+
+# A kill
+
+
+def test_a_killed_sweep_goes_on_in_the_same_run_and_keeps_every_line(resumed: Swept) -> None:
+    assert resumed.exit_code == -9
+    assert resumed.before.endswith(b"\n")
+    assert resumed.folder.path.name == resumed.killed
+    assert len(list(resumed.folder.path.parent.iterdir())) == 1
+    assert resumed.folder.trials_file.read_bytes().startswith(resumed.before)
+    assert resumed.folder.complete
+
+
+def test_what_was_resumed_and_what_was_dropped_is_told(resumed: Swept) -> None:
+    assert resumed.heard.resumed == len(resumed.before.splitlines())
+    assert resumed.heard.word == "dropped a half-written line of 15 bytes"
+    assert resumed.heard.records == resumed.records[resumed.heard.resumed :]
+
+
+def test_a_shoot_out_that_was_measured_is_not_measured_again(resumed: Swept) -> None:
+    shootouts = [(record.problem["T"], record.candidate) for record in resumed.records if record.stage == "shootout"]
+    assert len(shootouts) == len(set(shootouts))
+    before = {
+        (record.problem["T"]) for record in resumed.records[: resumed.heard.resumed] if record.stage == "shootout"
+    }
+    assert before == {32}
+    assert {T for T, _ in shootouts} == {32, 64}
+
+
+def test_the_ledger_survives_the_kill_without_trials_left_running(resumed: Swept) -> None:
+    storage = optuna.storages.JournalStorage(JournalFileBackend(str(resumed.folder.path / "optuna.journal")))
+    (name,) = optuna.get_all_study_names(storage)
+    states = {trial.state.name for trial in optuna.load_study(study_name=name, storage=storage).get_trials()}
+    assert "COMPLETE" in states
+    assert not states & {"RUNNING", "WAITING"}
+
+
+@pytest.mark.parametrize(
+    "change", [{"commit": "def"}, {"effort": EFFORTS["full"]}, {"registry": misbehaving.REGISTRY}, {}], ids=str
+)
+def test_another_sweep_or_a_finished_one_starts_a_run_of_its_own(
+    resumed: Swept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    out = resumed.folder.path.parents[3]
+    if change:
+        monkeypatch.setattr(RunFolder, "complete", False)
+    next_one = search(written(tmp_path, LISTED), out, **change)
+    monkeypatch.setattr(RunFolder, "start", lambda *_: None)
+    folder, word = next_one._folder(device_identity("cpu"), software_identity(), {}, {})
+    assert folder.path != resumed.folder.path
+    assert word == ""
+
+
+def test_the_same_sweep_unfinished_is_gone_on_with(
+    resumed: Swept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RunFolder, "complete", False)
+    same = search(written(tmp_path, LISTED), resumed.folder.path.parents[3])
+    assert same._folder(device_identity("cpu"), software_identity(), {}, {})[0].path == resumed.folder.path
+
+
+# End to end
+
+
+def test_every_listed_path_has_records_on_every_problem(resumed: Swept) -> None:
+    assert seen(resumed.records, "screen") == {(T, name) for T in (32, 64) for name in LISTED}
+    assert {record.outcome for record in resumed.records} == {"ok"}
+
+
+def test_every_problem_has_a_shoot_out_with_its_default_and_fresh_shared_rounds(resumed: Swept) -> None:
+    shootouts = [record for record in resumed.records if record.stage == "shootout"]
+    for group in by_problem(shootouts).values():
+        assert [record.path for record in group if record.baseline] == ["gather"]
+        assert len(group) >= 2
+        rounds = [[sample.round for sample in record.samples] for record in group]
+        assert all(numbers == rounds[0] for numbers in rounds)
+        assert len(rounds[0]) == len(set(rounds[0])) >= fewest_pairs(len(group)) - 4
+        for record in group:
+            assert {sample.position for sample in record.samples} <= set(range(len(group)))
+
+
+def test_what_has_samples_was_proven_first(resumed: Swept) -> None:
+    for record in resumed.records:
+        assert record.oracle_error is not None
+        assert record.oracle_bound is not None
+        assert record.oracle_error <= record.oracle_bound
+        assert record.kernels
+        assert record.peak_bytes
+        assert record.calls_per_sample or record.sequence
+        assert min(sample.us for sample in (*record.samples, *record.sequence)) > 0
+
+
+def test_reserves_are_measured_by_call_sequence_at_one_context(resumed: Swept) -> None:
+    reserves = [record for record in resumed.records if record.stage == "reserve"]
+    assert {record.path for record in reserves} == {"packed", "varlen"}
+    assert {record.problem["T"] for record in reserves} == {32}
+    for record in reserves:
+        assert record.samples == []
+        assert [sample.step for sample in record.sequence] == list(range(16))
+        assert record.workspace_bytes
+        assert record.growths
+
+
+def test_every_problem_gets_a_table_entry_from_this_run(resumed: Swept) -> None:
+    entries = entries_of(resumed.records)
+    assert [entry.T for entry in entries] == [32, 64]
+    assert {entry.run_id for entry in entries} == {resumed.folder.path.name}
+
+
+def test_the_environment_tells_where_and_how(resumed: Swept) -> None:
+    environment = resumed.folder.environment()
+    assert environment.device["slug"] == device_identity("cpu").slug
+    assert environment.software["torch"] == torch.__version__
+    assert (environment.run_id, environment.commit) == (resumed.folder.path.name, "abc")
+    assert (environment.sweep["name"], environment.sweep["effort"]) == ("tiny", "quick")
+    assert {"1.00 reads", "1.01 low", "1.04 high"} <= set(environment.timer)
+
+
+def test_progress_goes_from_nothing_to_everything(resumed: Swept) -> None:
+    assert resumed.heard.environment == resumed.folder.environment()
+    assert resumed.heard.problems == 2
+    assert {32, 64} == {T for T in (32, 64) for what, _ in resumed.heard.told if f"T={T}:" in what}
+    assert all(0.0 <= left <= 4.0 for _, left in resumed.heard.told)
+    assert resumed.heard.done == sorted(resumed.heard.done)
+    assert 0.0 <= resumed.heard.done[0] <= resumed.heard.done[-1] <= 1.0
+
+
+# Paths that misbehave
+
+
+def test_broken_paths_do_not_stop_a_sweep_and_have_their_outcomes(broken: Swept) -> None:
+    assert broken.folder.complete
+    for name, outcome in BROKEN.items():
+        found = [record for record in broken.records if record.path == name]
+        assert {record.outcome for record in found} == {outcome}, name
+        assert all(record.reason for record in found)
+
+
+def test_broken_paths_never_have_a_time(broken: Swept) -> None:
+    for record in broken.records:
+        if record.outcome != "ok":
+            assert record.samples == []
+            assert record.sequence == []
+            assert record.calls_per_sample == 0
+
+
+def test_right_paths_are_measured_beside_broken_ones(broken: Swept) -> None:
+    good = [record for record in broken.records if record.outcome == "ok"]
+    for T in (32, 64):
+        assert {path for context, path in seen(good, "screen") if context == T} == {"gather", "dense"}
+        assert {path for context, path in seen(good, "shootout") if context == T} == {"gather", "dense"}
+    assert [entry.T for entry in entries_of(broken.records)] == [32, 64]
+
+
+def test_who_failed_at_one_context_is_not_tried_at_the_next(broken: Swept) -> None:
+    for name in set(BROKEN) - {"needs_a_gpu"}:
+        assert {record.problem["T"] for record in broken.records if record.path == name} == {32}, name
+    assert {record.problem["T"] for record in broken.records if record.path == "needs_a_gpu"} == {32, 64}
+
+
+# The space
+
+
+def test_a_ladder_is_narrowed_to_what_the_sweep_names_and_the_path_offers() -> None:
+    item = Parameter("row_chunk", (0, 64, 256), 64)
+    assert narrowed(item, None) == item
+    assert narrowed(item, (64, 0)) == Parameter("row_chunk", (0, 64), 64)
+    assert narrowed(item, (256, 4096)) == Parameter("row_chunk", (256,), 256)
+    assert narrowed(item, (4096,)) == Parameter("row_chunk", (64,), 64)
+
+
+def test_a_space_crosses_ladders_without_reserves_and_tells_who_is_left_out(tmp_path: Path) -> None:
+    sweep = read_sweep(str(written(tmp_path, (*LISTED, "needs_a_gpu"))))
+    paths = {**PATHS, **misbehaving.PATHS}
+    (family,) = families(sweep, "cpu")
+    space, left_out = space_of(sweep, QUICK, paths, family, "cpu")
+    assert left_out == {"needs_a_gpu": "needs a GPU"}
+    assert {item.name for item in space["packed"]} == {"bucket_rounding", "row_chunk"}
+    assert {item.name: item.ladder for item in space["packed"]}["bucket_rounding"] == (16,)
+    whole, _ = space_of(sweep, EFFORTS["full"], paths, family, "cpu")
+    assert {item.name: item.ladder for item in whole["packed"]}["bucket_rounding"] == (16, 64, 256)
+
+
+def test_what_is_slow_to_build_waits_for_full_effort_on_a_cpu(tmp_path: Path) -> None:
+    sweep = read_sweep(str(written(tmp_path, ("gather", "slow"))))
+    slow = msgspec.structs.replace(PATHS["dense"], name="slow", slow_to_build=True)
+    (family,) = families(sweep, "cpu")
+    for effort, expected in ((QUICK, {"gather"}), (EFFORTS["full"], {"gather", "slow"})):
+        space, left_out = space_of(sweep, effort, {**PATHS, "slow": slow}, family, "cpu")
+        assert set(space) == expected
+        assert set(left_out) == {"gather", "slow"} - expected
+
+
+def test_reserves_climb_their_ladders_together(tmp_path: Path) -> None:
+    (family,) = families(read_sweep(str(written(tmp_path, LISTED))), "cpu")
+    problem, cpu = family.problems[0], torch.device("cpu")
+    rungs = reserve_rungs(PATHS["varlen"], problem, cpu)
+    ladders = {item.name: item.ladder for item in PATHS["varlen"].tunables(problem, cpu) if item.reserve}
+    assert set(ladders) == {"reserve_rows", "reserve_keys"}
+    for name, ladder in ladders.items():
+        assert tuple(rung.parameters[name] for rung in rungs) == ladder
+    assert reserve_rungs(PATHS["gather"], problem, cpu) == []
