@@ -6,6 +6,7 @@ layer is constructed. It tunes nothing and holds no tokens: a context lives in i
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import cast
 
@@ -15,18 +16,17 @@ from torch import Tensor, nn
 
 from .cache import BRANCHES, Branch, NSACache
 from .compression import Compression, MeanCompressor, MLPCompressor, compressed_attention, compressed_count
-from .dispatch import active_dispatch_table, call_problem, selection_attention
-from .dispatch_table import DispatchTable
+from .dispatch import selection_attention
+from .dispatch_table import DispatchTable, load_dispatch_table
 from .errors import ArgumentError
 from .flags import Flags, read_flags
 from .rotary import rotate, rotation
 from .scoring import check_block_sizes, choose_blocks
 from .selection import Selection, blocks_to_ranges_v1
-from .trace import ParameterValue
 from .window import window_attention
 from .workspace import Workspace
 
-_workspaces: dict[torch.device, Workspace] = {}
+_own = threading.local()
 
 
 class NSAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -75,8 +75,10 @@ class NSAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 def shared_workspace(device: torch.device) -> Workspace:
-    """The workspace of a device that layers share unless they are given one."""
-    return _workspaces.setdefault(device, Workspace())
+    """The workspace that layers share unless they are given one: one per device, thread and CUDA stream."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    mine: dict[tuple[torch.device, int], Workspace] = _own.__dict__
+    return mine.setdefault((device, stream), Workspace())
 
 
 class NSAAttention(nn.Module):
@@ -101,7 +103,8 @@ class NSAAttention(nn.Module):
         self.config = config
         self.flags = read_flags() if flags is None else flags
         self.workspace = workspace
-        self.dispatch_table = dispatch_table
+        named = self.flags.dispatch_table
+        self.dispatch_table = load_dispatch_table(named) if named and dispatch_table is None else dispatch_table
 
         def linear(inputs: int, outputs: int) -> nn.Linear:
             return nn.Linear(inputs, outputs, bias=False, device=device, dtype=dtype)
@@ -252,30 +255,16 @@ class NSAAttention(nn.Module):
         if not self.flags.ranges_v2:
             ranges = blocks_to_ranges_v1(blocks, config.block_size, selection.limits)
             selection = Selection.from_ranges(ranges, context_length=key.shape[2])
-        path, parameters = self._path(query, key, value, selection)
+        flags = self.flags
+        reservable = {path: flags.adjust(path, {}) for path in ("varlen", "packed")}
         return selection_attention(
             query,
             key,
             value,
             selection,
-            path=path,
-            parameters=parameters,
+            path=flags.path or "auto",
+            parameters=flags.adjust(flags.path, {}) if flags.path else None,
+            overrides={path: parameters for path, parameters in reservable.items() if parameters},
             workspace=shared_workspace(query.device) if self.workspace is None else self.workspace,
             table=self.dispatch_table,
         )
-
-    def _path(
-        self, query: Tensor, key: Tensor, value: Tensor, selection: Selection
-    ) -> tuple[str, dict[str, ParameterValue] | None]:
-        """The flags' path, or "auto"; where flags change parameters of dispatch's choice, that choice by name."""
-        flags = self.flags
-        if flags.path is not None:
-            return flags.path, flags.adjust(flags.path, {})
-        if flags.flash_attention and not flags.reserves:
-            return "auto", None
-        grad = torch.is_grad_enabled() and query.requires_grad
-        capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
-        problem = call_problem(query, key, value, selection, grad=grad, capturing=capturing)
-        choice = (self.dispatch_table or active_dispatch_table(query.device.type)).lookup(problem)
-        adjusted = flags.adjust(choice.path, choice.parameters)
-        return ("auto", None) if adjusted == choice.parameters else (choice.path, adjusted)

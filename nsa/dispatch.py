@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, Literal
 
@@ -18,8 +18,9 @@ import msgspec
 import torch
 from torch import Tensor
 
+from .device import device_identity
 from .dispatch_table import MAX_REMEMBERED, Choice, DispatchTable, load_dispatch_table
-from .errors import ArgumentError, StrictDispatchError, UnsupportedPathError
+from .errors import ArgumentError, DispatchTableError, StrictDispatchError, UnsupportedPathError
 from .paths import PATHS, Candidate
 from .paths.base import PathRun
 from .problem import DTYPE_NAMES, CacheState, SelectionProblem
@@ -34,6 +35,7 @@ DEPLOYED_CACHE: dict[str, CacheState] = {"cpu": "hot", "cuda": "cold"}
 """The L2 state a call is looked up under: between two calls of a layer the other layers have used a GPU's cache."""
 
 Strict = Literal["stale-ok"] | bool
+Overrides = Mapping[str, Mapping[str, ParameterValue]]
 
 
 class DispatchWarning(UserWarning):
@@ -100,6 +102,7 @@ def selection_attention(
     workspace: Workspace | None = None,
     strict: Strict = False,
     table: DispatchTable | None = None,
+    overrides: Overrides | None = None,
 ) -> Tensor:
     """Attention of each row over the union of its selected keys; shapes as in ``nsa.problem``.
 
@@ -107,7 +110,8 @@ def selection_attention(
     ``path``: a key of PATHS, or "auto". ``parameters``: of a named path; those left out take their defaults.
     ``scale``: None = Dk**-0.5. ``workspace``: buffers to reuse between calls that need no gradients.
     ``strict``: True makes every choice but an exact, bucket or forced one an error; "stale-ok" accepts stale ones too.
-    ``table``: instead of the one in force. A row that selects nothing gives zeros.
+    ``table``: instead of the one in force. ``overrides``: path -> parameters that "auto" sets where it takes that path,
+    such as reserves. A row that selects nothing gives zeros.
 
     Raises ArgumentError (shapes, dtypes, devices), UnsupportedPathError (a named path, or the whole chain, cannot
     run), StrictDispatchError, ReserveError.
@@ -118,18 +122,20 @@ def selection_attention(
     indices, length = selection.indices, selection.context_length
     if isinstance(length, int) and key.dim() == value.dim() == 4 and length < key.shape[2]:
         key, value = key[:, :, :length], value[:, :, :length]
+    if isinstance(length, Tensor) and length.device.type == "cpu" and bool((length > key.shape[-2]).any()):
+        raise ArgumentError(f"context_length {length.tolist()} exceeds the {key.shape[-2]} keys that were passed")
     chosen_table = None if forced else table or active_dispatch_table(query.device.type)
     plans: dict[Any, tuple[Attempt, ...]] = _forced_plans if chosen_table is None else chosen_table.plans  # type: ignore[attr-defined]
     call = (
         *(query.shape, key.shape, value.shape, indices.shape, selection.block_size, selection.overlap_hint),
         *(query.dtype, key.dtype, value.dtype, query.device, key.device, value.device, indices.device),
         *(grad, capturing, strict, length if isinstance(length, int) else -1),
-        *(path, tuple(parameters.items()) if parameters else None),
+        *(path, tuple(parameters.items()) if parameters else None, repr(overrides) if overrides else None),
     )
     plan = plans.get(call)
     if plan is None:
         problem = call_problem(query, key, value, selection, grad=grad, capturing=capturing)
-        plan = _plan(problem, query.device, path, parameters, strict, chosen_table)
+        plan = _plan(problem, query.device, path, parameters, strict, chosen_table, overrides or {})
         if len(plans) >= MAX_REMEMBERED:
             plans.clear()
         plans[call] = plan
@@ -154,9 +160,10 @@ def _run(
             status, reason = "default", "; ".join((*late, reason))
         announce(status, reason)
         try:
-            out = attempt.function(
-                query, key, value, selection, scale=scale, workspace=workspace, **candidate.parameters
-            )
+            with as_given(query.device.type):
+                out = attempt.function(
+                    query, key, value, selection, scale=scale, workspace=workspace, **candidate.parameters
+                )
         except UnsupportedPathError as error:
             if attempt is plan[-1]:
                 raise
@@ -167,8 +174,13 @@ def _run(
         _calls[candidate.path, status] += 1
         for step in (*attempt.steps, *late):
             _count_step(step)
-        return out
+        return out if out.dtype == value.dtype else out.to(value.dtype)  # the oracle computes in float64
     raise AssertionError("a plan has at least one attempt")
+
+
+def as_given(kind: str) -> AbstractContextManager[Any]:
+    """A context in which autocast leaves a path's dtypes as the caller gave them."""
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _count_step(step: str) -> None:
@@ -184,11 +196,15 @@ def _plan(
     parameters: Mapping[str, ParameterValue] | None,
     strict: Strict,
     table: DispatchTable | None,
+    overrides: Overrides,
 ) -> tuple[Attempt, ...]:
     if table is None:
         return (_forced(problem, device, path, parameters),)
     if parameters:
         raise ArgumentError("parameters belong to a named path; got path='auto', whose parameters the table chooses")
+    here = device_identity(device.type)
+    if table.device.slug != here.slug:
+        raise DispatchTableError(f"the dispatch table is for {table.device.slug}, the call is on {here.slug}")
     choice = table.lookup(problem)
     accepted = {"exact", "bucket"} | ({"stale"} if strict == "stale-ok" else set())
     if strict and choice.status not in accepted:
@@ -196,7 +212,7 @@ def _plan(
             f"strict dispatch: the choice {choice.path} is {choice.status!r} ({choice.reason}); expected one of "
             f"{sorted(accepted)}; measure this problem with 'nsa-tune sweep'"
         )
-    return _chain(problem, device, choice, bool(strict))
+    return _chain(problem, device, choice, bool(strict), overrides)
 
 
 def _forced(
@@ -209,22 +225,29 @@ def _forced(
     reason = known.unsupported_reason(problem, device, filled)
     if reason is not None:
         raise UnsupportedPathError(reason)
+    faults = [item.fault(filled[item.name]) for item in known.tunables(problem, device)]
+    if any(faults):
+        raise ArgumentError(f"path {path!r}: {', '.join(fault for fault in faults if fault)}")
     candidate = Candidate(path=path, parameters=filled)
     return Attempt(candidate=candidate, function=known.function(), status="forced", reason="named", steps=())
 
 
-def _chain(problem: SelectionProblem, device: torch.device, choice: Choice, strict: bool) -> tuple[Attempt, ...]:
+def _chain(
+    problem: SelectionProblem, device: torch.device, choice: Choice, strict: bool, overrides: Overrides
+) -> tuple[Attempt, ...]:
     first = Candidate(path=choice.path, parameters=choice.parameters)
     rest = (Candidate(path=name, parameters=PATHS[name].defaults(problem, device)) for name in CHAIN)
     attempts: list[Attempt] = []
     steps: tuple[str, ...] = ()
-    for candidate in (first,) if strict else (first, *choice.tied, *rest):
-        known = PATHS[candidate.path]
+    for wanted in (first,) if strict else (first, *choice.tied, *rest):
+        known = PATHS[wanted.path]
+        parameters = {**wanted.parameters, **overrides.get(wanted.path, {})}
+        candidate = Candidate(path=wanted.path, parameters=parameters)
         reason = known.unsupported_reason(problem, device, candidate.parameters)
         if reason is not None:
             steps = tuple(dict.fromkeys((*steps, f"{candidate.path}: unsupported: {reason}")))
             continue
-        status, why = (choice.status, choice.reason) if candidate is first else ("default", "; ".join(steps))
+        status, why = (choice.status, choice.reason) if wanted is first else ("default", "; ".join(steps))
         attempts.append(Attempt(candidate=candidate, function=known.function(), status=status, reason=why, steps=steps))
     if not attempts:
         raise UnsupportedPathError("; ".join(steps))
@@ -257,8 +280,6 @@ def call_problem(
     length = selection.context_length
     if isinstance(length, int) and length > keys:
         raise ArgumentError(f"the selection's context_length {length} exceeds the {keys} keys that were passed")
-    if isinstance(length, Tensor) and length.device.type == "cpu" and bool((length > keys).any()):
-        raise ArgumentError(f"context_length {length.tolist()} exceeds the {keys} keys that were passed")
     return SelectionProblem(
         mode="train" if grad else "decode" if queries == 1 else "prefill",
         dtype=DTYPE_NAMES[query.dtype],

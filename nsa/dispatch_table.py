@@ -77,16 +77,27 @@ class DispatchEntry(SelectionProblem, frozen=True, kw_only=True, forbid_unknown_
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in (self.path, *(candidate.path for candidate in self.tied)):
+        named = [(self.path, self.parameters), *((other.path, other.parameters) for other in self.tied)]
+        named += [(self.runner_up.path, self.runner_up.parameters)] if self.runner_up else []
+        for name, parameters in named:
             path = PATHS.get(name)
             if path is None or not path.dispatchable:
                 names = sorted(known.name for known in PATHS.values() if known.dispatchable)
                 raise DispatchTableError(f"unknown path {name!r}; this version has {names}")
-        unknown = set(self.parameters) - {
-            parameter.name for kind in ("cpu", "cuda") for parameter in path_tunables(self.path, self.problem(), kind)
-        }
-        if unknown:
-            raise DispatchTableError(f"path {self.path!r} has no parameter {sorted(unknown)}")
+            items = [item for kind in ("cpu", "cuda") for item in path_tunables(name, self.problem(), kind)]
+            unknown = set(parameters) - {item.name for item in items}
+            if unknown:
+                raise DispatchTableError(f"path {name!r} has no parameter {sorted(unknown)}")
+            for parameter, value in parameters.items():
+                faults = [item.fault(value) for item in items if item.name == parameter]
+                if all(faults):
+                    raise DispatchTableError(f"path {name!r}: {faults[0]}")
+        numbers = {"ratio": self.ratio, "median_us": self.median_us, "oracle_bound": self.oracle_bound}
+        for label, number in numbers.items():
+            if number is not None and not number > 0:
+                raise DispatchTableError(f"{label} must be above 0, got {number}")
+        if self.pairs < 0 or self.peak_bytes < 0:
+            raise DispatchTableError(f"pairs and peak_bytes must be 0 or more, got {self.pairs}, {self.peak_bytes}")
 
     def problem(self) -> SelectionProblem:
         """The problem alone, as lookups ask for it."""

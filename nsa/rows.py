@@ -52,7 +52,8 @@ def row_width(selection: Selection, keys: int) -> int:
 def padded_positions(ranges: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Positions of each row's keys, padded to ``width``: disjoint ranges (R, n, 2) -> ((R, width) int64, mask).
 
-    Absent keys have position 0 and mask False.
+    Absent slots have mask False and repeat the row's last key (position 0 in an empty row): what lies outside the row,
+    NaN in unused cache say, is never read.
     """
     start, end = ranges.unbind(-1)
     upto = (end - start).cumsum(-1)
@@ -60,7 +61,8 @@ def padded_positions(ranges: Tensor, width: int) -> tuple[Tensor, Tensor]:
     part = torch.searchsorted(upto, slots, right=True).clamp_max_(ranges.shape[1] - 1)
     shift = end - upto
     present = slots < upto[:, -1:]
-    return (slots + shift.gather(1, part)) * present, present
+    last = (end.amax(-1, keepdim=True) - 1).clamp_min(0)
+    return torch.where(present, slots + shift.gather(1, part), last), present
 
 
 def flat_total(selection: Selection, ranges: Tensor, keys: int) -> int:
@@ -99,9 +101,15 @@ def gathered_bytes(problem: SelectionProblem) -> int:
     return problem.row_width * (problem.Dk + problem.Dv) * problem.item_bytes
 
 
+def scratch(workspace: Workspace | None, *inputs: Tensor) -> Workspace | None:
+    """The workspace, or None where backward will need what would lie in it: where any input tracks gradients."""
+    tracked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    return None if tracked else workspace
+
+
 def gather(view: Tensor, index: Tensor, role: str, workspace: Workspace | None, *, reserve_rows: int = 0) -> Tensor:
-    """``view`` (N, D) rows at ``index`` (K,) -> (K, D): in the workspace, or a fresh tensor where autograd keeps it."""
-    if workspace is None or (torch.is_grad_enabled() and view.requires_grad):
+    """``view`` (N, D) rows at ``index`` (K,) -> (K, D): in the workspace, or a fresh tensor where there is none."""
+    if workspace is None:
         return view.index_select(0, index)
     out = workspace.take(
         role, index.numel(), view.shape[1], dtype=view.dtype, device=view.device, reserve_rows=reserve_rows

@@ -92,7 +92,8 @@ class Workspace:
             self._captured.discard(key)
         self._buffers.pop(key, None)
         del old
-        self._buffers[key] = torch.empty(elements, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # a buffer outlives the mode it was first needed in
+            self._buffers[key] = torch.empty(elements, dtype=dtype, device=device)
         self.growths += 1
         return self._buffers[key]
 

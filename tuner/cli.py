@@ -49,6 +49,7 @@ def main(show_version: Annotated[bool, typer.Option("--version", help="Print the
 def clear_errors() -> Iterator[None]:
     """Errors that a user can act on become one line and exit code 2 (what was asked) or 1 (what happened)."""
     from nsa.errors import NSAError
+    from tuner.record import RecordError
     from tuner.sweep import SweepError
 
     try:
@@ -56,7 +57,7 @@ def clear_errors() -> Iterator[None]:
     except SweepError as error:
         typer.echo(f"nsa-tune: {error}", err=True)
         raise typer.Exit(2) from error
-    except (NSAError, OSError) as error:
+    except (NSAError, RecordError, OSError) as error:
         typer.echo(f"nsa-tune: {error}", err=True)
         raise typer.Exit(1) from error
 

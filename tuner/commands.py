@@ -25,6 +25,9 @@ from tuner.sweep import SweepDefinition, SweepError, families, read_sweep
 from tuner.table import write_table
 
 
+DEFAULT_REGISTRY = "nsa.paths:PATHS"
+
+
 class SweepOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What the command line said."""
 
@@ -70,6 +73,8 @@ def sweep(options: SweepOptions) -> None:
         )
     else:
         out.print(report.outcome_table(records))
+        if options.registry != DEFAULT_REGISTRY:
+            out.print(report.leaderboards(records))
         if entries:
             out.print()
             out.print("What the runtime will now take, by how much, how sure:")
@@ -92,6 +97,9 @@ def write_tables(
     """Write the user's table, and the one to commit if asked. A sweep of reserves has no entries and writes none."""
     from tuner.table import entries_of
 
+    if options.registry != DEFAULT_REGISTRY:
+        errors.print(f"no table: the runtime does not know the paths of {options.registry}")
+        return []
     if not entries_of(folder.records()[0]):
         return []
     slug = device_identity(kind).slug
@@ -208,7 +216,7 @@ def doctor(*, json: bool) -> None:
     """Print device, versions, path availability and the table in force."""
     kind = choose_device("auto")
     identity, software = device_identity(kind), software_identity()
-    availability = {name: path_states(path, kind) for name, path in read_registry("nsa.paths:PATHS").items()}
+    availability = {name: path_states(path, kind) for name, path in read_registry(DEFAULT_REGISTRY).items()}
     try:
         table = load_dispatch_table()
         state = f"tier {table.__dict__['tier']}: {report.table_summary(table)}"

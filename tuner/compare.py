@@ -33,7 +33,7 @@ from tuner.compare_record import (
     unfinished,
 )  # fmt: skip
 from tuner.evidence import Evidence
-from tuner.hiring import TIMEOUT_S, Asks, Hire, facts_in, hire_for, must_import
+from tuner.hiring import TIMEOUT_S, Asks, Hire, facts_in, hire_for, identify, must_import
 from tuner.judge import CompareResult, judge
 from tuner.pairing import Answer, PairTrial, Rounds
 from tuner.record import Environment
@@ -90,7 +90,7 @@ class Comparing:
     def _open(self) -> tuple[CompareFolder, str]:
         """The unfinished run of this question on this device, or a new one; and the device's slug."""
         self.spare = self.worker()
-        identity, software, clocks = self.spare.ask("identify", timeout_s=TIMEOUT_S)
+        identity, software, clocks = identify(self.spare, self.question.device)
         root = self.out / "compares" / identity.slug
         found = unfinished(root, self.question, msgspec.to_builtins(software))
         if found is not None:

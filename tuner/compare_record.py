@@ -97,7 +97,7 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True, tag="pairs"):
     pairs: list[Pair]
     dropped: int = 0
     clock_mhz: int = 0
-    injected: dict[str, dict[str, float]] = {}
+    injected: dict[str, dict[Lane, float]] = {}
     seconds: float = 0.0
 
 

@@ -9,7 +9,7 @@ import msgspec
 
 from tuner.compare_record import Facts, Question, Scenario, Side
 from tuner.sides import LoadTrial, SideTrial
-from tuner.trees import Tree, TreeError
+from tuner.trees import DoesNotImport, Tree
 from tuner.worker import CandidateFailed, Worker, WorkerDied
 
 TIMEOUT_S = 180.0
@@ -40,12 +40,25 @@ def hire_for(question: Question) -> Hire:
     return lambda: Worker(question.device, memory_limit_bytes=question.memory_limit_bytes)
 
 
+class DeviceError(ValueError):
+    """The device that was asked for is not there."""
+
+
+def identify(worker: Asks, device: str) -> tuple[Any, Any, Any]:
+    """Device, software and clocks as a worker sees them. Raises DeviceError."""
+    try:
+        found: tuple[Any, Any, Any] = worker.ask("identify", timeout_s=TIMEOUT_S)
+    except (CandidateFailed, WorkerDied) as error:
+        raise DeviceError(f"device {device!r} cannot be used here: {error.reason}; use --device cpu") from error
+    return found
+
+
 def must_import(worker: Asks, tree: Tree) -> None:
-    """Raises TreeError where the tree's nsa does not import, or is not one that can be measured."""
+    """Raises DoesNotImport where the tree's nsa does not import, or is not one that can be measured."""
     try:
         worker.ask("prepare", LoadTrial(tree=tree), timeout_s=TIMEOUT_S)
     except (CandidateFailed, WorkerDied) as error:
-        raise TreeError(f"{tree.asked} ({tree.label}) does not import: {error.reason}") from error
+        raise DoesNotImport(f"{tree.asked} ({tree.label}) does not import: {error.reason}") from error
 
 
 def facts_in(worker: Asks, question: Question, side: Side, tree: Tree, scenario: Scenario) -> Facts:

@@ -48,8 +48,8 @@ class Padded:
     The first unit also pays for leaving and entering the caches; as every sample has it, that cancels in a ratio.
     """
 
-    def __init__(self, side: LoadedSide, scenario: Scenario, call: Call, unit: Call, calls: int, extra: int) -> None:
-        self.side, self.scenario, self.call = side, scenario, call
+    def __init__(self, side: LoadedSide, path: str, call: Call, unit: Call, calls: int, extra: int) -> None:
+        self.side, self.path, self.call = side, path, call
         self.unit, self.calls, self.extra, self.turn = unit, calls, extra, 0
 
     def __call__(self) -> None:
@@ -115,7 +115,7 @@ class Stand:
         if lane == "kernel" and self.kernel:
             path, parameters = self.kernel
         call = loaded.call(self.scenario, self.case, path, parameters)
-        return Padded(loaded, self.scenario, call, self.unit, self.calls, extra)
+        return Padded(loaded, path, call, self.unit, self.calls, extra)
 
     def _size_unit(self) -> int:
         """Choose the unit of work, fine enough for the 1 % lane; how many of it make about half a sample."""

@@ -64,7 +64,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     pairs: list[Pair]
     dropped: int
     clock_mhz: int
-    injected: dict[str, dict[str, float]] = {}
+    injected: dict[str, dict[Lane, float]] = {}
 
 
 class PairBench:
@@ -92,13 +92,12 @@ class PairBench:
         return {name: stand.calls for name, stand in self.stands.items()}
 
     def rounds(self, request: Rounds) -> Answer:
-        """Measure. Garbage is collected before and not in between."""
+        """Measure. No garbage is collected in between."""
         pairs, dropped, deadline = list[Pair](), 0, time.monotonic() + request.budget_s
         for name in {name for name, _ in request.lanes} | set(request.audited):
             self.stands[name].deal(random.Random(f"{request.coin}/{request.first}/{name}"))
         for name in request.audited:
             self.stands[name].calibrate()
-        gc.collect()
         gc.disable()
         try:
             for number in range(request.first, request.first + request.count):

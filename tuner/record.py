@@ -19,6 +19,10 @@ Stage = Literal["screen", "shootout", "reserve"]
 Value = int | float | str | bool
 
 
+class RecordError(ValueError):
+    """A file of a run that cannot be read. Names the file and the line."""
+
+
 class Sample(msgspec.Struct, frozen=True, array_like=True):
     """One timing: which round, at which position of that round's order, and microseconds per call."""
 
@@ -104,8 +108,11 @@ class RunFolder:
         return self.done_file.exists()
 
     def environment(self) -> Environment:
-        """The run's environment. Raises msgspec.ValidationError for a file that is none."""
-        return msgspec.json.decode(self.environment_file.read_bytes(), type=Environment)
+        """The run's environment. Raises RecordError for a file that is none."""
+        try:
+            return msgspec.json.decode(self.environment_file.read_bytes(), type=Environment)
+        except msgspec.DecodeError as error:
+            raise RecordError(f"{self.environment_file}: not an environment: {error}") from error
 
     def start(self, environment: Environment) -> None:
         """Make the folder and write its environment."""
@@ -146,7 +153,7 @@ def _decode_line(line: bytes, number: int, file: Path) -> Record:
     try:
         return msgspec.json.decode(line, type=Record)
     except msgspec.DecodeError as error:
-        raise ValueError(f"{file}:{number}: not a record: {error}") from error
+        raise RecordError(f"{file}:{number}: not a record: {error}") from error
 
 
 def write_whole(path: Path, data: bytes) -> None:

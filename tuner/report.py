@@ -55,7 +55,7 @@ class LiveProgress(Listener):
         reads = ", ".join(f"{k} reads {environment.timer[f'{k} reads']}" for k in ("1.00", "1.01", "1.04"))
         self.console.print(f"timer self-test: {reads}")
         if abs(float(environment.timer["1.00 reads"]) - 1) > BUSY:
-            self.console.print("this machine is busy: equal work does not read as equal; expect ties and wide intervals")
+            self.console.print("this machine is busy: equal work does not read as equal; expect ties")
         if resumed:
             self.console.print(f"resumed with {resumed} records{'; ' + word if word else ''}")
 
@@ -128,6 +128,15 @@ def leaderboard(title: str, records: Sequence[Record]) -> Table:
             f"{(record.peak_bytes or 0) / 2**20:.1f}",
         )  # fmt: skip
     return table
+
+
+def leaderboards(records: Sequence[Record]) -> Group:
+    """The leaderboard of each problem's shoot-out."""
+    boards: dict[str, list[Record]] = {}
+    for record in records:
+        if record.stage == "shootout" and record.samples:
+            boards.setdefault(describe(record), []).append(record)
+    return Group(*(leaderboard(title, found) for title, found in boards.items()))
 
 
 def outcome_table(records: Sequence[Record]) -> Table:

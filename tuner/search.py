@@ -188,7 +188,7 @@ class Search:
 
     def shoot_out(self, family: Family, problem: SelectionProblem) -> None:
         """Fresh pairs of the finalists and the default, until settled, out of time or out of pairs."""
-        if self.of(family, problem, "shootout"):
+        if any(record.baseline for record in self.of(family, problem, "shootout")):
             return
         self._hold(family, problem)
         default = self.default(problem)
@@ -275,9 +275,9 @@ class Search:
         self._append(
             [
                 self._record(family, problem, stage, candidate, timings=timed.timings[candidate.name])
-                for candidate in ready
+                for candidate in sorted(ready, key=lambda candidate: candidate.name == default)
                 if candidate.name in timed.timings
-            ]
+            ]  # the default last: a batch that was cut short has none, and is measured again
         )
 
     def _fail(

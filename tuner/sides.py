@@ -71,8 +71,8 @@ class LoadedSide:
     def __init__(self, tree: Tree, side: Side, device: torch.device) -> None:
         self.side, self.device = side, device
         self.package: Any = load_package(tree, f"nsa_{side}")
-        self.scope = ExitStack()
-        self.scope.enter_context(self.package.use_dispatch_table(self._own_table(tree)))
+        self.table, self.scope = self._own_table(tree), ExitStack()
+        self.scope.enter_context(self.package.use_dispatch_table(self.table))
 
     def _own_table(self, tree: Tree) -> Any:
         """The table that the tree packages for this device, or an empty one. Never the user's: both would share it."""
@@ -200,13 +200,17 @@ class SideBench(Bench):
         return facts_of(found, candidate, status)
 
     def _chosen(self) -> Any:
-        """The execution that dispatch announced for this very call. Raises FellBack where none was announced."""
+        """What executed for this very call. Raises FellBack where that is not what the side's table chooses."""
         case = leaves_of(self.inputs) if self.scenario.problem.mode == "train" else self.inputs
         with self.loaded.package.record_paths() as recorder:
             self.loaded.call(self.scenario, case, AUTO, {})()
+        choice = self.loaded.table.lookup(self.loaded.problem(self.scenario.problem))
         if not recorder.executed:
-            raise FellBack("dispatch ran something that did not report itself as a path of this side")
-        return recorder.executed[-1]
+            raise FellBack(f"the table chooses {choice.path}; what ran did not report itself as a path of this side")
+        ran = recorder.executed[-1]
+        if ran.path != choice.path:
+            raise FellBack(f"the table chooses {choice.path}, {ran.path} ran ({ran.status}: {ran.reason})")
+        return ran
 
 
 def leaves_of(case: Inputs) -> Inputs:

@@ -30,7 +30,11 @@ NEEDED = (
 
 
 class TreeError(ValueError):
-    """A side that cannot be had or cannot be imported. Says which, what was found, and what to give instead."""
+    """A side that cannot be had. Says which, what was found, and what to give instead."""
+
+
+class DoesNotImport(TreeError):
+    """A side that is there and whose nsa cannot be imported."""
 
 
 class Tree(msgspec.Struct, frozen=True, kw_only=True):

@@ -264,8 +264,13 @@ def serve(connection: Connection, device: str, memory_limit_bytes: int, stderr: 
             connection.send(("answer", answer))
         except Exception as error:  # noqa: BLE001  the worker's boundary: every failure becomes an outcome
             connection.send(("raised", classify(error)))
-            if classify(error)[0] in ("oom", "crash") and torch.device(device).type == "cuda":
-                return  # a CUDA context may be poisoned; the tool starts a new worker
+            if leaves(classify(error)[0], device):
+                return
+
+
+def leaves(outcome: Outcome, device: str) -> bool:
+    """Whether a worker ends after a failure: its CUDA context may be poisoned, and the tool starts a new one."""
+    return outcome in ("oom", "crash") and torch.device(device).type == "cuda"
 
 
 def limit_memory(device: str, limit_bytes: int) -> None:
@@ -327,6 +332,8 @@ class Worker:
                 if kind == "answer":
                     return content
                 if kind == "raised":
+                    if leaves(content[0], self.device):
+                        self.close()
                     raise CandidateFailed(*content)
                 self.doing = content
         except (EOFError, BrokenPipeError, ConnectionResetError):

@@ -1,8 +1,8 @@
-"""One program per (block, some of the rows that chose it): the block's keys and values are loaded once for all of them.
+"""One program per (block, some of the rows that chose it): its keys and values are loaded once for all of them.
 
-Each pair (row, block) leaves a partial output, its maximum and its total; a row's partials are merged by the same launch. The
-grid goes unit by unit (a span of tokens of one group, ``invert``): first the unit's items, ``DELAY`` units later the
-programs that merge its rows, so that partials are read while they are still in L2, from a ring of ``RING`` units.
+Each pair (row, block) leaves a partial output, its maximum and its total; a row's partials are merged by the same
+launch. The grid goes unit by unit (a span of tokens of one group, ``invert``): first the unit's items, ``DELAY`` units
+later the programs that merge its rows, so that partials are read while they are in L2, from a ring of ``RING`` units.
 Programs wait only for programs with lower numbers, which the device starts first.
 """
 
@@ -45,11 +45,11 @@ def attend_item(
     b = bg // G
     length = key_count(LENGTH, b, T, TENSOR_LENGTH)
     full = context_length(LENGTH, b, TENSOR_LENGTH)
-    k0 = load_rows(K0, b, g, first, length - first, skb, skg, skt, 0, DK, DK0, BS, DESCRIPTOR)
+    k0 = load_rows(K0, b, g, first, length - first, skb, skg, skt, 0, DK, DK0, BS, DESCRIPTOR, False)
     k1 = k0
     if DK1 > 0:
-        k1 = load_rows(K1, b, g, first, length - first, skb, skg, skt, DK0, DK, DK1, BS, DESCRIPTOR)
-    v = load_rows(V, b, g, first, length - first, svb, svg, svt, 0, DV, DVP, BS, DESCRIPTOR)
+        k1 = load_rows(K1, b, g, first, length - first, skb, skg, skt, DK0, DK, DK1, BS, DESCRIPTOR, False)
+    v = load_rows(V, b, g, first, length - first, svb, svg, svt, 0, DV, DVP, BS, DESCRIPTOR, TENSOR_LENGTH)
     if unit >= RING:  # an atomic is one thread's and the same for all; a plain load could differ between threads
         while tl.atomic_add(FREE + unit - RING, 0, sem="acquire") < merges:
             pass
@@ -123,8 +123,9 @@ def merge_rows(
         here = (((chosen >> slot) & 1) == 1)[:, None] & real[None, :]
         source = (place + slot)[:, None] * H + heads[None, :]
         one = tl.load(STAT + source * 2, mask=here, other=-float("inf"), cache_modifier=".cg")
-        part = tl.load(PART + source[:, :, None] * DV + columns[None, None, :],
-                       mask=here[:, :, None] & (columns < DV)[None, None, :], other=0.0, cache_modifier=".cg")  # fmt: skip
+        inside = here[:, :, None] & (columns < DV)[None, None, :]
+        part = tl.load(PART + source[:, :, None] * DV + columns[None, None, :], mask=inside, other=0.0,
+                       cache_modifier=".cg")  # fmt: skip
         out += (tl.math.exp2(one - top) * inverse)[:, :, None] * part.to(tl.float32)
     row = (((bg // G).to(tl.int64) * S + s) * G + bg % G)[:, None] * H + heads[None, :]
     keep = (s < S)[:, None] & real[None, :]
@@ -217,7 +218,8 @@ def forward(
         queries, key.shape[2], groups, units, lists.spans, lists.item_slots, merges, scale * LOG2E,
         *position_strides, *query.stride()[:4], *key.stride()[:3], *value.stride()[:3],
         **constants, DESCRIPTOR=loads == "descriptor", TOKENS=tokens, MERGE_TOKENS=merge_tokens,
-        SPAN=lists.span_tokens, RING=held, DELAY=delay, num_warps=int(warps), num_stages=int(stages), maxnreg=int(registers) or None,
+        SPAN=lists.span_tokens, RING=held, DELAY=delay,
+        num_warps=int(warps), num_stages=int(stages), maxnreg=int(registers) or None,
     )  # fmt: skip
     return out
 

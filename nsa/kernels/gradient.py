@@ -76,11 +76,11 @@ def nsa_gradient_block(
         keys = tl.arange(0, BS)
         columns0 = tl.arange(0, DK0)
         columns = tl.arange(0, DVP)
-        k0 = load_rows(K, b, g, first, length - first, skb, skg, skt, 0, DK, DK0, BS, False)
+        k0 = load_rows(K, b, g, first, length - first, skb, skg, skt, 0, DK, DK0, BS, False, False)
         k1 = k0
         if DK1 > 0:
-            k1 = load_rows(K, b, g, first, length - first, skb, skg, skt, DK0, DK, DK1, BS, False)
-        v = load_rows(V, b, g, first, length - first, svb, svg, svt, 0, DV, DVP, BS, False)
+            k1 = load_rows(K, b, g, first, length - first, skb, skg, skt, DK0, DK, DK1, BS, False, False)
+        v = load_rows(V, b, g, first, length - first, svb, svg, svt, 0, DV, DVP, BS, False, False)
         dk0 = tl.zeros([BS, DK0], tl.float32)
         dk1 = tl.zeros([BS, DK1 if DK1 > 0 else 16], tl.float32)
         dv = tl.zeros([BS, DVP], tl.float32)
@@ -205,12 +205,12 @@ def backward(
     logsum: Tensor,
     grad: Tensor,
     *,
-    backward_rows: ParameterValue = 64,
+    backward_rows: ParameterValue = 32,
     backward_item_rows: ParameterValue = 2048,
     backward_span: ParameterValue = 16384,
     backward_partial: ParameterValue = "value",
-    backward_warps: ParameterValue = 8,
-    backward_stages: ParameterValue = 2,
+    backward_warps: ParameterValue = 4,
+    backward_stages: ParameterValue = 3,
     backward_registers: ParameterValue = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; ``out`` (B, S, G, h, Dv) and ``logsum`` (B, S, G, h) are the forward's."""

@@ -36,6 +36,17 @@ class Parameter(msgspec.Struct, frozen=True):
     default: ParameterValue
     reserve: bool = False
 
+    def fault(self, value: ParameterValue) -> str | None:
+        """Why a value cannot be; None if it can. Numbers may leave the ladder, but not its kind or its sign."""
+        if type(value) is not type(self.default):
+            return f"{self.name}={value!r} is no {type(self.default).__name__}"
+        if isinstance(value, str) and value not in self.ladder:
+            return f"{self.name}={value!r} is none of {list(self.ladder)}"
+        least = 0 if 0 in self.ladder else 1
+        if not isinstance(value, (str, bool)) and value < least:
+            return f"{self.name}={value!r} is below {least}"
+        return None
+
 
 class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     """What a profiler must see of one call, and must not. Regular expressions, searched in operator and kernel names.

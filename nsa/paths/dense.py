@@ -57,6 +57,9 @@ def run(
 ) -> Tensor:
     """Selection attention through masked SDPA. Shapes as in ``nsa.problem``."""
     ranges = selection.disjoint_ranges
+    if isinstance(selection.context_length, Tensor):  # what lies beyond a sequence may be NaN, which no mask removes
+        beyond = torch.arange(key.shape[2], device=key.device) >= selection.context_length[:, None]
+        key, value = (tensor.masked_fill(beyond[:, None, :, None], 0.0) for tensor in (key, value))
     parts = [
         _chunk(query[:, first:end], key, value, ranges[:, first:end], scale)
         for first, end in row_chunks(query.shape[1], int(query_chunk))

@@ -17,6 +17,7 @@ from ..rows import (
     padded_positions,
     row_chunks,
     row_width,
+    scratch,
 )
 from ..selection import Selection
 from ..trace import ParameterValue, executed
@@ -63,7 +64,7 @@ def run(
 ) -> Tensor:
     """Selection attention over gathered keys. Shapes as in ``nsa.problem``."""
     batch, queries, groups, heads, width = query.shape
-    ranges = flat_ranges(selection)
+    ranges, workspace = flat_ranges(selection), scratch(workspace, query, key, value)
     longest = row_width(selection, key.shape[2])
     key_view, key_base, key_step = key_rows(key, queries)
     value_view, value_base, value_step = key_rows(value, queries)

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from ..problem import SelectionProblem
-from ..rows import flat_ranges, gather, gathered_bytes, key_rows, padded_attention, padded_positions, row_chunks
+from ..rows import (
+    flat_ranges,
+    gather,
+    gathered_bytes,
+    key_rows,
+    padded_attention,
+    padded_positions,
+    row_chunks,
+    scratch,
+)
 from ..selection import Selection
 from ..trace import ParameterValue, executed
 from ..workspace import Workspace
@@ -73,7 +82,7 @@ def run(
 ) -> Tensor:
     """Selection attention, one SDPA per length bucket. Shapes as in ``nsa.problem``."""
     batch, queries, groups, heads, width = query.shape
-    ranges = flat_ranges(selection)
+    ranges, workspace = flat_ranges(selection), scratch(workspace, query, key, value)
     rounding = int(bucket_rounding)
     bucket = ((ranges[..., 1] - ranges[..., 0]).sum(-1) + rounding - 1) // rounding
     order = bucket.argsort(stable=True)

@@ -81,11 +81,13 @@ def run(
         end = min(queries, first + step)
         mask = selected_keys(selection, k.shape[2], first, end)[:, :, :, None, :]
         scores = torch.einsum("bsghd,bgtd->bsght", q[:, first:end], k) * scale
-        scores = scores.masked_fill(~mask, float("-inf"))
+        scores = scores.masked_fill(~mask, float("-inf"))  # NaN of keys that the row does not select goes here
         top = scores.amax(-1, keepdim=True).detach()
         weights = torch.exp(scores - torch.where(top.isfinite(), top, 0.0))
         total = weights.sum(-1, keepdim=True)
         weights = weights / torch.where(total > 0, total, 1.0)
-        parts.append(torch.einsum("bsght,bgtd->bsghd", weights, v))
+        part = torch.einsum("bsght,bgtd->bsghd", weights, v.nan_to_num(0.0, 0.0, 0.0))
+        taints = torch.einsum("bsgt,bgtd->bsgd", mask[:, :, :, 0].to(dtype), (~v.isfinite()).to(dtype)) > 0
+        parts.append(part.masked_fill(taints[:, :, :, None], float("nan")))
     executed("selection", "reference", {"compute_dtype": compute_dtype})
     return torch.cat(parts, 1)

@@ -18,8 +18,8 @@ from .base import Evidence, Parameter, Parameters
 def tunables(problem: SelectionProblem, device: torch.device) -> tuple[Parameter, ...]:
     """``span``: tokens sorted and merged together, 0 = all; ``rows``: query x head rows multiplied at a time, of which
     a program takes ``item_rows``; ``ring``: spans whose partials are held; ``partial``: their dtype; ``warps``,
-    ``stages`` and ``registers`` (0 = the compiler's choice); ``loads`` of keys and values; in mode train the backward's."""
-    descriptor = support.loads_reason("triton_block", "descriptor", problem, device) is None
+    ``stages`` and ``registers`` (0 = the compiler's choice); ``loads`` of keys and values; in mode train the
+    backward's."""
     heads = support.padded(problem.h)
     spans = (512, 1024, 2048, 4096, 8192)
     return (
@@ -31,7 +31,7 @@ def tunables(problem: SelectionProblem, device: torch.device) -> tuple[Parameter
         Parameter("warps", (4, 8), 4),
         Parameter("stages", (1, 2, 3, 4), 3),
         Parameter("registers", (0, 128, 160), 0),
-        Parameter("loads", ("pointer", "descriptor") if descriptor else ("pointer",), "pointer"),
+        Parameter(**support.loads_ladder("triton_block", problem, device)),
         *(Parameter(**ladder) for ladder in support.backward_ladders(problem)),
     )
 

@@ -17,8 +17,8 @@ from .base import Evidence, Parameter, Parameters
 
 def tunables(problem: SelectionProblem, device: torch.device) -> tuple[Parameter, ...]:
     """``tokens`` per tile; ``step``: keys at a time; ``warps`` and ``stages`` of the kernel; ``loads`` of keys and
-    values; in mode train the backward's. Sizes that cannot be stand on no ladder: a tile has 16 to 128 query x head rows and up to 128 slots."""
-    descriptor = support.loads_reason("triton_union", "descriptor", problem, device) is None
+    values; in mode train the backward's. Sizes that cannot be stand on no ladder: a tile has 16 to 128 query x head
+    rows and up to 128 slots."""
     tokens = tile_ladder(problem)
     step = min(32, problem.block_size)
     default = min(tokens, key=lambda size: abs(size * support.padded(problem.h) - 64)) if tokens else 1
@@ -26,8 +26,8 @@ def tunables(problem: SelectionProblem, device: torch.device) -> tuple[Parameter
         Parameter("tokens", tokens or (1,), default),
         Parameter("step", tuple(size for size in (16, 32, 64, 128) if size <= problem.block_size), step),
         Parameter("warps", (2, 4, 8), 4),
-        Parameter("stages", (2, 3, 4), 2),
-        Parameter("loads", ("pointer", "descriptor") if descriptor else ("pointer",), "pointer"),
+        Parameter("stages", (2, 3, 4), 3),
+        Parameter(**support.loads_ladder("triton_union", problem, device)),
         *(Parameter(**ladder) for ladder in support.backward_ladders(problem)),
     )
 
@@ -63,8 +63,8 @@ def unsupported(problem: SelectionProblem, device: torch.device, parameters: Par
 def evidence(
     problem: SelectionProblem, device: torch.device, parameters: Parameters, lengths: Sequence[int]
 ) -> Evidence:
-    """One launch of its kernel; the interpreter leaves no trace."""
-    required = {support.KERNELS["triton_union"]: 1} if device.type == "cuda" else {}
+    """One launch of its kernel and of the one that makes the unions; the interpreter leaves no trace."""
+    required = {support.KERNELS["triton_union"]: 1, r"^nsa_union_entries$": 1} if device.type == "cuda" else {}
     return Evidence(required=required, forbidden=support.forbidden("triton_union"))
 
 
@@ -77,7 +77,7 @@ def run(
     scale: float,
     workspace: Workspace | None = None,
     tokens: ParameterValue = 4,
-    step: ParameterValue = 32,
+    step: ParameterValue = 64,  # what table entries from before there was a choice were measured with
     warps: ParameterValue = 4,
     stages: ParameterValue = 2,
     loads: ParameterValue = "pointer",

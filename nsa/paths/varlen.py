@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from ..problem import SelectionProblem
-from ..rows import flat_positions, flat_ranges, flat_total, gather, gathered_bytes, key_rows, row_chunks, row_width
+from ..rows import (
+    flat_positions,
+    flat_ranges,
+    flat_total,
+    gather,
+    gathered_bytes,
+    key_rows,
+    row_chunks,
+    row_width,
+    scratch,
+)
 from ..selection import Selection
 from ..trace import ParameterValue, executed
 from ..workspace import Workspace
@@ -102,7 +112,7 @@ def run(
     """Selection attention over flat packed keys. Shapes as in ``nsa.problem``."""
     batch, queries, groups, heads, _ = query.shape
     keys, longest = key.shape[2], row_width(selection, key.shape[2])
-    ranges = flat_ranges(selection)
+    ranges, workspace = flat_ranges(selection), scratch(workspace, query, key, value)
     key_view, key_base, key_step = key_rows(key, queries)
     value_view, value_base, value_step = key_rows(value, queries)
     rows = pack_queries(query, workspace, int(reserve_rows))
@@ -129,8 +139,7 @@ def run(
 def pack_queries(query: Tensor, workspace: Workspace | None, reserve_rows: int) -> Tensor:
     """Query (B, S, G, h, Dk) as rows (R, h, Dk): itself where its strides allow, else a copy in the workspace."""
     heads, width = query.shape[3:]
-    tracked = torch.is_grad_enabled() and query.requires_grad
-    if workspace is None or tracked or query.is_contiguous():
+    if workspace is None or query.is_contiguous():
         return query.reshape(-1, heads, width)
     rows = query.shape[:3].numel()
     out = workspace.take(
