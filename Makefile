@@ -4,20 +4,23 @@ PYTHON ?= python3
 BIN := .venv/bin
 INTERPRETER_TRITON := triton==3.6.0 # fits torch 2.13 without CUDA; CUDA builds of torch bring their own
 
-.PHONY: sweep test lint clean
+.PHONY: .venv sweep test lint clean
 
-.venv: pyproject.toml constraints.txt
+.venv: .venv/installed
+
+# The stamps are written last: an interrupted install is taken up again.
+.venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
-	touch .venv
+	touch .venv/installed
 
-.venv/dev: .venv
+.venv/dev: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev $(INTERPRETER_TRITON)
 	touch .venv/dev
 
-sweep: .venv
+sweep: .venv/installed
 	$(BIN)/nsa-tune sweep
 
 test: .venv/dev lint

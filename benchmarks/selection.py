@@ -21,6 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,8 +32,15 @@ from nsa.paths import PATHS
 from nsa.problem import SelectionProblem
 from nsa.selection import Selection
 
+COMPILE_S = 90
+"""Seconds that compiling ahead may take; a kernel that hangs there would otherwise take the whole run."""
+EXTRAS = ("graph_us", "graph_cold_us", "host_us")
 SPOTS = 24
 """Rows whose output and query gradient are compared with float64."""
+
+
+class DeviceLostError(RuntimeError):
+    """After an illegal access every later call of the process fails; the text names the candidate."""
 
 
 class Shape(NamedTuple):
@@ -88,10 +96,8 @@ class Case(NamedTuple):
 class Timed(NamedTuple):
     """A candidate that passed its check: ``call()`` launches it."""
 
-    label: str
     path: str
     parameters: dict[str, Any]
-    kind: str
     error: float
     call: Callable[[], object]
 
@@ -212,9 +218,10 @@ FORWARD: dict[str, list[dict[str, Any]]] = {
     "triton_block": [
         {"span": span, "rows": r, "item_rows": i, "ring": ring, "warps": 4, "stages": s, "registers": n, "loads": loads}
         for span, r, i, ring, s, n, loads in (
-            (512, 64, 256, 3, 3, 0, "pointer"), (512, 64, 512, 3, 3, 0, "pointer"), (512, 64, 512, 3, 1, 128, "pointer"),
-            (512, 64, 512, 3, 3, 128, "descriptor"), (512, 64, 512, 3, 1, 128, "descriptor"),
-            (512, 64, 512, 2, 3, 0, "pointer"), (512, 64, 512, 8, 3, 0, "pointer"), (512, 128, 512, 3, 3, 0, "pointer"),
+            (512, 64, 256, 3, 3, 0, "pointer"), (512, 64, 512, 3, 3, 0, "pointer"),
+            (512, 64, 512, 3, 1, 128, "pointer"), (512, 64, 512, 3, 3, 128, "descriptor"),
+            (512, 64, 512, 3, 1, 128, "descriptor"), (512, 64, 512, 2, 3, 0, "pointer"),
+            (512, 64, 512, 8, 3, 0, "pointer"), (512, 128, 512, 3, 3, 0, "pointer"),
             (1024, 64, 512, 3, 3, 0, "pointer"), (4096, 64, 512, 3, 3, 0, "pointer"),
         )
     ],
@@ -222,7 +229,7 @@ FORWARD: dict[str, list[dict[str, Any]]] = {
 BACKWARD = [
     {"backward_rows": r, "backward_item_rows": i, "backward_warps": w, "backward_stages": s}
     for r, i, w, s in (
-        (32, 2048, 4, 3), (32, 2048, 4, 1), (32, 4096, 4, 2), (64, 2048, 8, 3), (64, 2048, 8, 2), (32, 2048, 8, 3),
+        (32, 2048, 4, 3), (32, 2048, 4, 2), (32, 4096, 4, 3), (64, 2048, 8, 3), (64, 2048, 8, 2), (32, 2048, 8, 3),
     )
 ]  # fmt: skip
 DECODE = [
@@ -282,8 +289,7 @@ def prepare(case: Case, kind: str, path: str, parameters: dict[str, Any]) -> Tim
             error = output_error(case, call())  # type: ignore[arg-type]
     if not error <= limit:
         raise ValueError(f"wrong: relative error {error:.3e} above {limit:.0e}")
-    label = " ".join(f"{name.removeprefix('backward_')}={value}" for name, value in parameters.items())
-    return Timed(label, path if kind != "backward" else "backward", parameters, kind, error, call)
+    return Timed(path if kind != "backward" else "backward", parameters, error, call)
 
 
 def yardsticks(module: Any, case: Case) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
@@ -428,63 +434,78 @@ def compile_ahead(job: tuple[str, str, str, dict[str, Any]]) -> None:
         print("compile", path, parameters, str(error)[:200], file=sys.stderr)
 
 
-def bench(case: Case, module: Any, timer: Timer, out: Any, stop: float, commit: str, budget_s: float) -> list[dict]:
-    """Check and time every candidate of one shape; one JSON line each. Returns the records."""
-    shape, records, ready = case.shape, [], []
-    device, dtype = case.query.device, str(case.query.dtype).removeprefix("torch.")
+class Ledger:
+    """Records of a run: each is written when it is known, so that a run that dies keeps what it had."""
 
-    def keep(record: dict[str, Any]) -> None:
-        record = {"shape": shape.name, "pattern": shape.pattern, "commit": commit, **record}
-        records.append(record)
-        out.write(json.dumps(record) + "\n")
-        out.flush()
+    def __init__(self, out: Any, commit: str) -> None:
+        self.out, self.commit, self.records = out, commit, []
 
-    jobs = list(candidates(shape, device, dtype))
-    for kind, path, parameters in jobs:
+    def keep(self, shape: Shape, kind: str, path: str, **fields: Any) -> None:
+        """Write one line."""
+        record = {"shape": shape.name, "pattern": shape.pattern, "commit": self.commit, "kind": kind, "path": path}
+        self.records.append(record | fields)
+        self.out.write(json.dumps(self.records[-1]) + "\n")
+        self.out.flush()
+
+
+def bench(case: Case, kind: str, jobs: list[tuple[str, Callable[[], Timed]]], timer: Timer, ledger: Ledger,
+          stop: float, budget_s: float) -> None:  # fmt: skip
+    """Check, then time, the candidates of one shape and kind. Raises DeviceLostError after an illegal access."""
+    ready = []
+    for name, make in jobs:
         if time.perf_counter() > stop:
             break
         try:
-            ready.append(prepare(case, kind, path, parameters))
-        except Exception as error:  # noqa: BLE001  a candidate that fails is a record, not the end of the run
-            keep({"kind": kind, "path": path, "parameters": parameters, "outcome": type(error).__name__,
-                  "reason": str(error)[:300]})  # fmt: skip
+            ready.append(make())
+        except Exception as error:  # a candidate that fails is a record, not the end of the run
+            ledger.keep(case.shape, kind, name, outcome=type(error).__name__, reason=str(error)[:300])
+            if "illegal" in str(error):
+                raise DeviceLostError(name) from error
+    with torch.set_grad_enabled(kind == "backward"):
+        samples = timer.rounds([timed.call for timed in ready], budget_s)
+    for timed, times in zip(ready, samples, strict=True):
+        extras = decode_extras(case, timed) if kind == "decode" and timed.parameters else {}
+        ledger.keep(
+            case.shape, kind, timed.path, outcome="ok", parameters=timed.parameters,
+            median_us=statistics.median(times), low_us=min(times), samples=len(times), error=timed.error, **extras,
+        )  # fmt: skip
+
+
+def jobs_of(case: Case, module: Any) -> dict[str, list[tuple[str, Callable[[], Timed]]]]:
+    """What to check and time, by kind; yardsticks beside the paths."""
+    jobs: dict[str, list[tuple[str, Callable[[], Timed]]]] = {}
+    dtype = str(case.query.dtype).removeprefix("torch.")
+    for kind, path, parameters in candidates(case.shape, case.query.device, dtype):
+        name = f"{path} {parameters}"
+        jobs.setdefault(kind, []).append((name, partial(prepare, case, kind, path, parameters)))
     for name, call in yardsticks(module, case) if module else ():
-        try:
-            ready.append(Timed("", name, {}, "decode" if shape.S == 1 else "forward", output_error(case, call()), call))
-        except Exception as error:  # noqa: BLE001
-            keep({"kind": "forward", "path": name, "outcome": type(error).__name__, "reason": str(error)[:300]})
-    with torch.no_grad():
-        forward = [timed for timed in ready if timed.kind != "backward"]
-        samples = timer.rounds([timed.call for timed in forward], budget_s)
-    backward = [timed for timed in ready if timed.kind == "backward"]
-    samples += timer.rounds([timed.call for timed in backward], budget_s)
-    for timed, times in zip(forward + backward, samples, strict=True):
-        extras = decode_extras(case, timed) if timed.kind == "decode" else {}
-        keep({"kind": timed.kind, "path": timed.path, "parameters": timed.parameters, "outcome": "ok",
-              "median_us": statistics.median(times), "low_us": min(times), "samples": len(times),
-              "error": timed.error, **extras})  # fmt: skip
-    return records
+        kind = "decode" if case.shape.S == 1 else "forward"
+        jobs[kind].append((name, lambda name=name, call=call: Timed(name, {}, output_error(case, call()), call)))
+    return jobs
+
+
+def line(record: dict) -> str:
+    """One candidate of the table."""
+    if record["outcome"] != "ok":
+        return f"  {record['path']} {record['outcome']}: {record['reason'][:100]}"
+    extras = " ".join(f"{name}={record[name]:.1f}" for name in EXTRAS if name in record)
+    values = ",".join(str(value) for value in record["parameters"].values())
+    return f"  {record['path']:20s} {record['median_us']:10.1f} us  err {record['error']:.1e}  {values} {extras}"
 
 
 def table(records: list[dict]) -> str:
-    """Per shape and kind: the best of each path, and the failures."""
+    """Per shape and kind: the best few of each path, and the failures."""
     lines = []
     groups: dict[tuple[str, str], list[dict]] = {}
     for record in records:
         groups.setdefault((record["shape"], record["kind"]), []).append(record)
     for (shape, kind), members in groups.items():
         lines.append(f"{shape} {kind}")
-        paths = dict.fromkeys(r["path"] for r in members if r["outcome"] == "ok")
-        for path in paths:
-            mine = sorted((r for r in members if r["path"] == path and r["outcome"] == "ok"),
-                          key=lambda r: r.get("graph_us", r["median_us"]))  # fmt: skip
-            for record in mine[: 4 if kind != "forward" or path == "triton_block" else 3]:
-                extras = " ".join(f"{k}={record[k]:.1f}" for k in ("graph_us", "graph_cold_us", "host_us") if k in record)
-                values = ",".join(str(v) for v in record["parameters"].values())
-                lines.append(f"  {path:20s} {record['median_us']:10.1f} us  err {record['error']:.1e}  {values} {extras}")
-        for record in members:
-            if record["outcome"] != "ok":
-                lines.append(f"  {record['path']} {record.get('parameters')} {record['outcome']}: {record['reason'][:110]}")
+        timed = [record for record in members if record["outcome"] == "ok"]
+        timed.sort(key=lambda record: record.get("graph_us", record["median_us"]))
+        for path in dict.fromkeys(record["path"] for record in members):
+            lines += [line(record) for record in timed if record["path"] == path][:4]
+        lines += [line(record) for record in members if record["outcome"] != "ok"]
     return "\n".join(lines)
 
 
@@ -519,11 +540,12 @@ def main() -> None:
         fresh = [n for n in names if SHAPES[n].pattern == "random" and SHAPES[n].S <= 16384]
         jobs = [(n, *job) for n in fresh for job in candidates(SHAPES[n], device, "bfloat16")]
         with multiprocessing.get_context("spawn").Pool(arguments.compile_processes) as pool:
-            pool.map(compile_ahead, jobs, chunksize=1)
+            pool.map_async(compile_ahead, jobs, chunksize=1).get(COMPILE_S)
         print(f"compiled {len(jobs)} in {time.perf_counter() - started:.0f} s", file=sys.stderr)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    timer, records = Timer(device), []
+    timer = Timer(device)
     with (arguments.out / "selection.jsonl").open("a") as out:
+        ledger = Ledger(out, arguments.commit)
         for name in names:
             if time.perf_counter() > stop:
                 print(f"not run: {name}", file=sys.stderr)
@@ -531,13 +553,18 @@ def main() -> None:
             started = time.perf_counter()
             case = make_case(SHAPES[name], device, dtype)
             overlap = case.selection.overlap() if case.shape.S > 3 else 0.0
-            records += bench(case, module, timer, out, stop, arguments.commit, arguments.budget)
+            try:
+                for kind, jobs in jobs_of(case, module).items():
+                    bench(case, kind, jobs, timer, ledger, stop, arguments.budget)
+            except DeviceLostError as error:
+                print(f"{name}: the device is lost, nothing after this is run: {error}", file=sys.stderr)
+                break
             seconds = time.perf_counter() - started
             print(f"{name}: overlap {overlap:.2f}, {seconds:.1f} s", file=sys.stderr, flush=True)
             del case
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    print(table(records))
+    print(table(ledger.records))
 
 
 if __name__ == "__main__":

@@ -15,9 +15,6 @@ from torch import Tensor
 
 from .errors import ArgumentError, UnsupportedSelection
 
-HIGH_OVERLAP_AT_MOST = 0.65
-"""Union of 4 neighbouring rows over 4*topk: scored selections measure 0.35 to 0.55, random ones 0.75 and more."""
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Selection:

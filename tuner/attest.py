@@ -28,6 +28,7 @@ class Attestation(msgspec.Struct, frozen=True):
 
     kernels: dict[str, int]
     peak_bytes: int
+    gpu_kernels: tuple[str, ...] = ()
 
 
 class Seen(msgspec.Struct, frozen=True):
@@ -54,7 +55,20 @@ def attest(call: Callable[[], Any], evidence: Evidence, *, cuda: bool) -> Attest
     hold_against(evidence, seen)
     counts = Counter(name for name, _ in seen.operators if any(re.search(p, name) for p in evidence.required))
     counts.update(seen.kernels)
-    return Attestation(dict(counts), peak)
+    return Attestation(dict(counts), peak, tuple(sorted(set(seen.kernels))))
+
+
+def attest_replay(replay: Callable[[], Any], kernels: set[str]) -> None:
+    """Hold one replay of a CUDA graph against the kernels that the attested eager call launched. Raises FellBack."""
+    replay()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        replay()
+        torch.cuda.synchronize()
+    seen = read_events(profiler).kernels
+    missing = {name for name in kernels if not name.startswith("Mem")} - set(seen)
+    if missing:
+        raise FellBack(f"the graph's replay does not launch {sorted(missing)[:3]}; saw {summary(seen)}")
 
 
 def read_events(profiler: profile) -> Seen:

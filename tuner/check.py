@@ -117,9 +117,9 @@ class Checker:
 class Oracle:
     """The float64 result of one call, on all rows or on spot rows, and the derived bound.
 
-    The bound is the larger of twice the error that the same formula has in the working dtype and 4*eps*max|v|. That error
-    is the largest over ORDERS orders of the sum over the head dim: one order alone may happen to be a lucky one, and in
-    float64 the first is the oracle's own.
+    The bound is the larger of twice the error that the same formula has in the working dtype and 4*eps*max|v|. That
+    error is the largest over ORDERS orders of the sum over the head dim: one order alone may happen to be a lucky one,
+    and in float64 the first is the oracle's own.
     """
 
     def __init__(self, inputs: Inputs, scale: float) -> None:

@@ -6,6 +6,7 @@ that ``--help`` answers at once.
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -129,12 +130,23 @@ def plot(
 
 
 def current_commit() -> str:
-    """HEAD of the repository this is run in, ``-dirty`` where the working tree differs; 'unknown' outside one."""
+    """The commit of the checkout that this tool runs from; where its code differs, with a digest of the difference.
+
+    'unknown' where it runs from no checkout. The folder it is called in does not matter.
+    """
+    here = Path(__file__).parent.parent
+    if not (here / ".git").exists():
+        return "unknown"
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True).stdout
+
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "--", "nsa", "tuner", "sweeps"], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        head = git("rev-parse", "HEAD").strip()
+        changed = git("status", "--porcelain", "--", "nsa", "tuner", "sweeps")
+        difference = git("diff", "HEAD", "--", "nsa", "tuner", "sweeps")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return f"{head}-dirty" if changed else head
+    if not changed:
+        return head
+    return f"{head}-dirty-{hashlib.sha256((changed + difference).encode()).hexdigest()[:8]}"

@@ -14,7 +14,7 @@ from rich.console import Console
 from nsa.device import device_identity, software_identity
 from nsa.dispatch import DEPLOYED_CACHE
 from nsa.dispatch_table import DispatchTable, load_dispatch_table, read_dispatch_table, user_table_path
-from nsa.errors import DispatchTableError
+from nsa.errors import DispatchTableError, FlagError
 from nsa.paths import SelectionPath
 from nsa.problem import DType, Mode, SelectionProblem
 from tuner import report
@@ -23,7 +23,6 @@ from tuner.record import RunFolder, run_folders
 from tuner.search import EFFORTS, Search, space_of
 from tuner.sweep import SweepDefinition, SweepError, families, read_sweep
 from tuner.table import write_table
-
 
 DEFAULT_REGISTRY = "nsa.paths:PATHS"
 
@@ -108,11 +107,24 @@ def write_tables(
         targets.append(options.out / "dispatch_tables" / f"{slug}.json")
     written = []
     for path in targets:
+        set_aside(path, errors)
         table, word = write_table(path, folder, keep=True)
         if word:
             errors.print(word)
         written.append((path, table))
     return written
+
+
+def set_aside(path: Path, errors: Console) -> None:
+    """Move a table file that cannot be read out of the way, so that a finished sweep is not lost behind it."""
+    if not path.exists():
+        return
+    try:
+        read_dispatch_table(path)
+    except DispatchTableError as error:
+        aside = path.with_suffix(".unreadable.json")
+        path.replace(aside)
+        errors.print(f"moved {path} to {aside}: {error}")
 
 
 def plan(options: SweepOptions) -> None:
@@ -154,10 +166,26 @@ def resolve(options: SweepOptions) -> tuple[SweepDefinition, str, dict[str, Sele
     unknown = sorted(set(definition.paths) - set(paths))
     if unknown:
         raise SweepError(f"sweep {definition.name!r} names unknown paths {unknown}; expected some of {sorted(paths)}")
-    for name in definition.ladders:
+    device = choose_device(options.device)
+    check_ladders(definition, paths, device)
+    return definition, device, paths
+
+
+def check_ladders(definition: SweepDefinition, paths: dict[str, SelectionPath], device: str) -> None:
+    """Raise SweepError for a ladder of an unknown path or parameter, or of values that no problem's ladder has."""
+    problems = [problem for family in families(definition, device) for problem in family.problems]
+    for name, ladders in definition.ladders.items():
         if name not in paths:
             raise SweepError(f"sweep {definition.name!r} has ladders for {name!r}, expected some of {sorted(paths)}")
-    return definition, choose_device(options.device), paths
+        items = [item for problem in problems for item in paths[name].tunables(problem, torch.device("cpu"))]
+        for parameter, values in ladders.items():
+            known = [item for item in items if item.name == parameter]
+            if not known:
+                names = sorted({item.name for item in items})
+                raise SweepError(f"sweep {definition.name!r}: {name} has no parameter {parameter!r}, it has {names}")
+            for fault in filter(None, (known[-1].fault(value) for value in values)):
+                if not isinstance(known[-1].default, str):
+                    raise SweepError(f"sweep {definition.name!r}: ladder of {name}: {fault}")
 
 
 def read_registry(registry: str) -> dict[str, SelectionPath]:
@@ -167,6 +195,8 @@ def read_registry(registry: str) -> dict[str, SelectionPath]:
         found: dict[str, SelectionPath] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise SweepError(f"--registry {registry!r}: {error}; expected module:NAME of a dict of paths") from error
+    if not isinstance(found, dict):
+        raise SweepError(f"--registry {registry!r} is a {type(found).__name__}, expected a dict of paths")
     return found
 
 
@@ -220,7 +250,7 @@ def doctor(*, json: bool) -> None:
     try:
         table = load_dispatch_table()
         state = f"tier {table.__dict__['tier']}: {report.table_summary(table)}"
-    except DispatchTableError as error:
+    except (DispatchTableError, FlagError) as error:
         state = f"unusable: {error}"
     found: dict[str, Any] = {
         "device": msgspec.to_builtins(identity),

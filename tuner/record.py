@@ -6,6 +6,7 @@ Files are written to a temporary name, synced and renamed; lines are appended wh
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -101,6 +102,16 @@ class RunFolder:
         self.environment_file = path / "environment.json"
         self.trials_file = path / "trials.jsonl"
         self.done_file = path / "complete"
+
+    def hold(self) -> bool:
+        """Take the run for this process until it ends; False where another process has it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
     @property
     def complete(self) -> bool:

@@ -19,6 +19,7 @@ import msgspec
 import optuna
 import torch
 from optuna.storages.journal import JournalFileBackend
+from sqlalchemy.exc import SQLAlchemyError
 
 from nsa.dispatch_table import default_candidate
 from nsa.paths import Candidate, Parameter, SelectionPath
@@ -28,7 +29,7 @@ from tuner.ledger import Ledger, Proposal, Space
 from tuner.record import Environment, Record, RunFolder, Stage, Value, run_folders
 from tuner.rounds import aligned, by_round, rounds_of
 from tuner.session import Session, next_round
-from tuner.sweep import Family, SweepDefinition, families
+from tuner.sweep import Family, SweepDefinition, SweepError, families
 from tuner.trial import Assessment, SequenceResult, Timing, Trial
 
 FINALISTS = 4
@@ -124,11 +125,15 @@ class Search:
         wanted = msgspec.json.decode(msgspec.json.encode((resolved, self.commit, software)))
         for folder in reversed(list(run_folders(root))):
             before = folder.environment()
-            if not folder.complete and [before.sweep, before.commit, before.software] == wanted:
+            same = [before.sweep, before.commit, before.software] == wanted
+            if same and not folder.complete and folder.hold():
                 return folder, folder.repair()
         now = datetime.now(UTC)
-        run_id = f"{now:%Y%m%dT%H%M%S}-{self.commit[:7]}"
+        stem = f"{now:%Y%m%dT%H%M%S}-{self.commit[:7]}"
+        taken = sum(1 for path in root.glob(f"{stem}*") if path.is_dir())
+        run_id = f"{stem}-{taken}" if taken else stem
         folder = RunFolder(root / run_id)
+        folder.hold()
         environment = Environment(
             run_id=run_id, commit=self.commit, date=now.isoformat(timespec="seconds"), tool="nsa-tune sweep",
             device=msgspec.to_builtins(identity), software=msgspec.to_builtins(software), clocks=clocks,
@@ -146,7 +151,10 @@ class Search:
                     family, problem, "screen", Candidate(path=name), Assessment(outcome="unsupported", reason=reason)
                 )
         study = f"{self.sweep.name}/{self.folder.path.name}/{family.name}"
-        ledger = Ledger(study, space, self._storage(), self.sweep.seed)
+        try:
+            ledger = Ledger(study, space, self._storage(), self.sweep.seed)
+        except (ValueError, optuna.exceptions.StorageInternalError, SQLAlchemyError) as error:
+            raise SweepError(f"--storage {self.storage}: {str(error).splitlines()[0]}") from error
         for generation in range(ledger.generations):
             proposals = ledger.ask(generation)
             progress = Progress(ledger, proposals)

@@ -6,6 +6,7 @@ between ``tuner.search`` (what to measure) and ``tuner.worker`` (where it runs),
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -164,7 +165,7 @@ class Session:
                 break
             request = Rounds(
                 candidates=tuple(ready), count=min(batch, count - taken), first=first + taken,
-                seed=first + taken, sample_us=SAMPLE_US, budget_s=max(0.0, left),
+                seed=secrets.randbits(63), sample_us=SAMPLE_US, budget_s=max(0.0, left),
             )  # fmt: skip
             try:
                 timings: dict[str, Timing] = self.timer.ask("rounds", (request,), self.trial, self.timeout_s)
@@ -177,7 +178,18 @@ class Session:
             taken += request.count
             if settled(done.rounds()):
                 break
+        for candidate in [candidate for candidate in ready if candidate.name in done.timings]:
+            self._recheck(candidate, done)
         return done
+
+    def _recheck(self, candidate: Candidate, done: Timed) -> None:
+        """A candidate whose timed call gives something else after its rounds than before has no time."""
+        try:
+            self.timer.ask("recheck", (candidate,), self.trial, self.timeout_s)
+        except (CandidateFailed, WorkerDied) as error:
+            failure = Assessment(outcome=error.outcome, reason=f"after its rounds: {error.reason}")
+            done.failed[candidate.name] = self.assessed[candidate.name] = failure
+            del done.timings[candidate.name]
 
     def _without(
         self, ready: list[Candidate], error: CandidateFailed | WorkerDied, failed: dict[str, Assessment]

@@ -87,7 +87,7 @@ def read_sweep(name_or_file: str, overrides: Sequence[str] = ()) -> SweepDefinit
         raw = tomllib.loads(path.read_text())
     except OSError as error:
         raise SweepError(f"cannot read sweep {path}: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SweepError(f"{path}: not TOML: {error}") from error
     for override in overrides:
         _override(raw, override)

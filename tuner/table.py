@@ -18,7 +18,7 @@ from nsa.errors import DispatchTableError
 from nsa.paths import Candidate
 from nsa.problem import SelectionProblem
 from tuner import stats, verdict
-from tuner.record import Record, RunFolder, by_problem, write_whole
+from tuner.record import Record, RecordError, RunFolder, by_problem, write_whole
 from tuner.rounds import aligned_records
 
 PATTERN_RANK = ("scored", "smooth", "random")
@@ -50,11 +50,13 @@ def entry_of(records: list[Record]) -> DispatchEntry | None:
     if default is None:
         return None
     samples = aligned_records(list(by_name.values()))
-    peaks = {name: record.peak_bytes or 0 for name, record in by_name.items()}
+    peaks = {name: record.peak_bytes for name, record in by_name.items() if record.peak_bytes is not None}
     chosen = verdict.pick(default, samples, peaks, verdict.PICK_ALPHA)
     if chosen.pairs < stats.pairs_needed(alpha=verdict.PICK_ALPHA, scenarios=max(1, len(samples) - 1)):
         return None
     winner = by_name[chosen.winner]
+    if winner.oracle_error is None or winner.oracle_bound is None:
+        raise RecordError(f"run {winner.run_id}: {winner.candidate} has times but no oracle error; it was not checked")
 
     def candidate(name: str) -> Candidate:
         return Candidate(path=by_name[name].path, parameters=by_name[name].parameters)
@@ -74,8 +76,8 @@ def entry_of(records: list[Record]) -> DispatchEntry | None:
         runner_up=candidate(chosen.runner_up) if chosen.runner_up else None,
         median_us=statistics.median(sample.us for sample in winner.samples),
         peak_bytes=peaks[chosen.winner],
-        oracle_error=winner.oracle_error or 0.0,
-        oracle_bound=winner.oracle_bound or 0.0,
+        oracle_error=winner.oracle_error,
+        oracle_bound=winner.oracle_bound,
         kernels=tuple(sorted(winner.kernels)),
         run_id=winner.run_id,
         date=winner.date,

@@ -248,6 +248,24 @@ def test_two_calls_give_the_same_bits(path: str, parameters: dict[str, Any]) -> 
         assert torch.equal(one, two)
 
 
+@pytest.mark.gpu
+@every_path
+def test_graph_replays_read_what_stands_there_then(path: str, parameters: dict[str, Any]) -> None:
+    case, other = Case(), Case(seed=1)
+    for _ in range(2):
+        case.run(path, parameters)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = case.run(path, parameters)
+    for source in (case, other, case):
+        for name in ("query", "key", "value"):
+            getattr(case, name).copy_(getattr(source, name).clone())
+        case.selection.indices.copy_(source.selection.indices.clone())
+        graph.replay()
+        assert torch.equal(out, case.run(path, parameters))
+
+
 def test_decode_leaves_its_counters_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     held = torch.zeros(64, dtype=torch.int32, device=DEVICE)
     monkeypatch.setattr(decode, "counters", lambda rows, device: held)
