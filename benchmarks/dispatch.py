@@ -1,7 +1,7 @@
-"""What dispatch costs the host: ``python benchmarks/dispatch.py`` prints ``median lookup N us`` and, beside it, the rest.
+"""What dispatch costs the host: ``python benchmarks/dispatch.py`` prints ``median lookup N us``, and the rest.
 
-The lookup is of a problem that was asked for before, as every layer of a model after the first asks; ``first lookup`` is
-of one that was not. The last line says what ``selection_attention`` adds around the path it runs.
+The lookup is of a problem that was asked for before, as every layer of a model after the first asks; ``first
+lookup`` is of one that was not. The last line says what ``selection_attention`` adds around the path it runs.
 """
 
 import itertools

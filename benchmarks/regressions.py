@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 import torch
-
 from gate import EXTRA, MARK, ROOT
+
 from tuner.bisect import Bisecting
 from tuner.compare_record import Question, scenarios_of
 from tuner.gate_commands import bisect_text, history_text
@@ -58,7 +58,7 @@ def make_repository(folder: Path, commits: int, culprit: int, products: int) -> 
 def main() -> int:
     """Run both, print what they say; 0 where both name the commit."""
     parser = argparse.ArgumentParser(description="history and bisect on a real slowdown")
-    parser.add_argument("--products", type=int, default=13, help="per call; benchmarks/gate.py counts what 4 %% is here")
+    parser.add_argument("--products", type=int, default=13, help="per call; benchmarks/gate.py counts what 4 %% takes")
     parser.add_argument("--seconds", type=float, default=60.0, help="budget of each comparison")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0 leaves its own choice")
     parser.add_argument("--out", type=Path, default=Path("out/regressions"))

@@ -77,8 +77,10 @@ class NSAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 def shared_workspace(device: torch.device) -> Workspace:
     """The workspace that layers share unless they are given one: one per device, thread and CUDA stream."""
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    mine: dict[tuple[torch.device, int], Workspace] = _own.__dict__
-    return mine.setdefault((device, stream), Workspace())
+    name = f"{device} {stream}"
+    if not hasattr(_own, name):
+        setattr(_own, name, Workspace())
+    return cast(Workspace, getattr(_own, name))
 
 
 class NSAAttention(nn.Module):

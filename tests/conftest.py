@@ -1,4 +1,4 @@
-"""Without a GPU: Triton kernels run in its interpreter, and tests marked ``gpu`` are deselected, counted in the summary."""
+"""Without a GPU, Triton kernels run in its interpreter and tests marked ``gpu`` are deselected, and counted as such."""
 
 import os
 

@@ -72,7 +72,7 @@ def test_no_tracked_file_names_a_path_of_one_machine():
 
 def test_dispatch_benchmark_prints_its_line():
     out = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "dispatch.py")], capture_output=True, text=True, check=True, cwd=ROOT,
-        env={"PYTHONPATH": str(ROOT), "PATH": ""},
+        [sys.executable, str(ROOT / "benchmarks" / "dispatch.py")], capture_output=True, text=True, check=True,
+        cwd=ROOT, env={"PYTHONPATH": str(ROOT), "PATH": ""},
     ).stdout  # fmt: skip
     assert re.search(r"^median lookup \d+\.\d+ us$", out, re.MULTILINE)

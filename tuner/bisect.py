@@ -171,9 +171,7 @@ class Bisecting:
         found = self.compare(last_good, self.commits[place]).scenarios[0]
         return self.result(self.commits[place], "" if found.regressed else found.reason, found, before)
 
-    def result(
-        self, culprit: str, reason: str, confirmed: ScenarioResult | None, before: int = -1
-    ) -> BisectResult:
+    def result(self, culprit: str, reason: str, confirmed: ScenarioResult | None, before: int = -1) -> BisectResult:
         """All that is known."""
         place = self.commits.index(culprit) if culprit else 0
         return BisectResult(

@@ -114,5 +114,3 @@ def as_markdown(result: CompareResult) -> str:
     lines += [f"- {line}" for line in (*audit_text(result), *result.notes)]
     lines += ["", "Ratios above 1 are slower. Exit codes: 3 regressed, 4 undecided, 0 passed.", "</details>"]
     return "\n".join(lines) + "\n"
-
-

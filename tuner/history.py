@@ -81,9 +81,7 @@ def history(
 def read_history(file: Path) -> HistoryResult:
     """What a history's file says, measured or not to its end; nothing is measured."""
     lines = tuple(sorted(LineFile[CommitLine](file, CommitLine).read(), key=lambda line: line.order))
-    return HistoryResult(
-        lines=lines, marks=tuple(marks_of(lines)), change_points=change_points(lines), file=str(file)
-    )
+    return HistoryResult(lines=lines, marks=tuple(marks_of(lines)), change_points=change_points(lines), file=str(file))
 
 
 class Walk:

@@ -23,6 +23,8 @@ from tuner.verdict import Comparison, Verdict
 
 RESAMPLED_PAIRS, RESAMPLES = 500, 200
 """Of the A/A lane, for the smallest detectable effect: a second of work at most."""
+
+
 class ScenarioResult(msgspec.Struct, frozen=True, kw_only=True):
     """One scenario. ``verdict``: on time, or the outcome of the side that has none. ``reason``: why it is undecided or
     failed. ``comparison``: what the pairs alone say, whatever the audit; None without facts that allow one."""
@@ -112,9 +114,7 @@ def notes_of(question: Question) -> Iterable[str]:
 
 def audit_of(question: Question, evidence: Evidence, *, smallest: bool = True) -> Audit:
     """Whether this run could have seen a slowdown, and saw none where there is none."""
-    lanes = {
-        lane: compared(question, evidence.audit[lane], 0.0 if lane == "slow_1" else None) for lane in INJECTED
-    }
+    lanes = {lane: compared(question, evidence.audit[lane], 0.0 if lane == "slow_1" else None) for lane in INJECTED}
     alarm = lanes["aa"].verdict in ("slower", "faster")
     shares = {str(lane): evidence.injected[lane] for lane in INJECTED if INJECTED[lane]}
     faults = list(faults_of(question, evidence, lanes, alarm))
@@ -130,9 +130,7 @@ def audit_of(question: Question, evidence: Evidence, *, smallest: bool = True) -
     )  # fmt: skip
 
 
-def faults_of(
-    question: Question, evidence: Evidence, lanes: dict[Lane, Comparison], alarm: bool
-) -> Iterable[str]:
+def faults_of(question: Question, evidence: Evidence, lanes: dict[Lane, Comparison], alarm: bool) -> Iterable[str]:
     """Every reason why no verdict on time can be given."""
     devices = list(dict.fromkeys(launch.device for launch in evidence.launches))
     if len(devices) > 1:

@@ -174,5 +174,3 @@ class Unit:
         """Do it once."""
         with torch.no_grad():
             torch.mm(self.keys, self.query)
-
-

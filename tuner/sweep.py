@@ -25,7 +25,7 @@ SWEEPS = Path(__file__).parent / "sweeps"
 
 ALL_PATHS = (
     *("dense", "gather", "packed", "varlen", "flex"),
-    *("triton_token", "triton_union", "triton_block", "triton_decode"),
+    *("triton_token", "triton_union", "triton_decode"),
 )
 SHAPE_AXES = ("heads", "kv_heads", "head_dim", "value_head_dim")
 

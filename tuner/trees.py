@@ -161,9 +161,7 @@ def copy_package(top: Path, folder: Path) -> None:
     source = top / "nsa"
     if not (source / "__init__.py").is_file():
         raise TreeError(f"the working tree {top} has no nsa/; run inside a repository that holds it")
-    shutil.copytree(
-        source, folder / "nsa", ignore=shutil.ignore_patterns("__pycache__"), ignore_dangling_symlinks=True
-    )
+    shutil.copytree(source, folder / "nsa", ignore=shutil.ignore_patterns("__pycache__"), ignore_dangling_symlinks=True)
 
 
 def digest_of(package: Path) -> str:

@@ -18,7 +18,6 @@ from ..trace import ParameterValue, executed
 from ..workspace import Workspace
 from .base import Evidence, Parameter, Parameters, need_blocks
 
-
 SHAPES = 256
 """Distinct shapes that one process may compile before torch raises; its own limit is 8."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor
@@ -351,3 +353,16 @@ def test_bad_input_is_named():
         with pytest.raises(NSAError, match=message):
             call()
     assert cache.length == 4
+
+
+def test_two_threads_do_not_share_a_workspace(monkeypatch):
+    monkeypatch.setenv("NSA_USE_SEL_VARLEN", "1")
+    layer = NSAAttention(
+        NSAConfig(dim=32, num_heads=4, num_kv_heads=2, head_dim=8, kernel_size=4, kernel_stride=2, block_size=8, topk=4)
+    )
+    inputs = [torch.randn(1, 70 + 10 * i, 32, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    alone = [layer.prefill(x)[0] for x in inputs]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(8):
+            together = list(pool.map(lambda x: layer.prefill(x)[0], inputs))
+            assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))

@@ -1,4 +1,4 @@
-"""Claims about every path: it equals the float64 oracle on any selection, forward and backward, within a derived bound."""
+"""Claims about every path: it equals the float64 oracle on any selection, forward and backward, within its bound."""
 
 import pytest
 import torch
@@ -29,7 +29,9 @@ def test_the_oracle_is_the_formula_on_hand_computed_numbers():
     value = torch.tensor([[1.0], [3.0], [100.0]]).view(1, 1, 3, 1)
     selection = Selection.from_ranges(torch.tensor([[[[[0, 1], [0, 2]]]]]), context_length=3)
     e = torch.exp(torch.tensor(2.0, dtype=torch.float64))
-    assert reference.run(query, key, value, selection, scale=2.0).item() == pytest.approx((1 + 3 * e.item()) / (1 + e.item()))
+    assert reference.run(query, key, value, selection, scale=2.0).item() == pytest.approx(
+        (1 + 3 * e.item()) / (1 + e.item())
+    )
 
 
 @settings(max_examples=60)
@@ -137,6 +139,80 @@ def test_keys_and_values_are_views_without_a_copy(name):
     assert torch.equal(same, nsa.selection_attention(query, key.contiguous(), value, selection, path=name))
 
 
+@pytest.mark.parametrize("name", EAGER)
+@pytest.mark.parametrize("tracked", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1)], ids=str)
+def test_gradients_of_some_inputs_survive_a_shared_workspace(name, tracked):
+    selection, workspace = fixed_selection(), Workspace()
+    leaves = [
+        t.detach().requires_grad_(bool(on)) for t, on in zip(tensors(selection, 45, 2, 8, 8), tracked, strict=True)
+    ]
+    first = nsa.selection_attention(*leaves, selection, path=name, workspace=workspace)
+    nsa.selection_attention(*tensors(selection, 45, 2, 8, 8, seed=1), selection, path=name, workspace=workspace)
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    found = torch.autograd.grad(first.sum(), wanted)
+    truth = reference.run(*(leaf.double() for leaf in leaves), selection, scale=8**-0.5)
+    for have, want in zip(found, torch.autograd.grad(truth.sum(), wanted), strict=True):
+        assert (have - want).abs().max() <= 64 * torch.finfo(torch.float32).eps * want.abs().max()
+
+
+@pytest.mark.parametrize("name", EAGER)
+def test_nan_beyond_a_sequence_is_never_read(name):
+    lengths = torch.tensor([9, 45])
+    blocks = torch.randint(-1, 6, (2, 7, 2, 4), generator=torch.Generator().manual_seed(5), dtype=torch.int32)
+    selection = Selection.from_blocks(blocks, block_size=8, context_length=lengths)
+    query, key, value = tensors(selection, 45, 2, 8, 8)
+    clean = nsa.selection_attention(query, key, value, selection, path=name)
+    unused = (torch.arange(45) >= lengths[:, None])[:, None, :, None]
+    spoilt = [tensor.masked_fill(unused, float("nan")) for tensor in (key, value)]
+    assert torch.equal(nsa.selection_attention(query, *spoilt, selection, path=name), clean)
+
+
+@pytest.mark.parametrize("name", EAGER)
+def test_a_workspace_that_inference_mode_filled_serves_other_modes(name):
+    selection, workspace = fixed_selection(), Workspace()
+    inputs = tensors(selection, 45, 2, 8, 8)
+    with torch.inference_mode():
+        first = nsa.selection_attention(*inputs, selection, path=name, workspace=workspace)
+    with torch.no_grad():
+        assert torch.equal(first, nsa.selection_attention(*inputs, selection, path=name, workspace=workspace))
+
+
+@pytest.mark.parametrize("name", EAGER)
+def test_autocast_leaves_dtypes_and_results_as_the_caller_gave_them(name):
+    selection = fixed_selection()
+    inputs = tensors(selection, 45, 2, 8, 8)
+    plain = nsa.selection_attention(*inputs, selection, path=name)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(nsa.selection_attention(*inputs, selection, path=name), plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "message"),
+    [
+        ("dense", {"query_chunk": -1}, "query_chunk=-1 is below 0"),
+        ("packed", {"bucket_rounding": 0}, "bucket_rounding=0 is below 1"),
+        ("gather", {"row_chunk": "x"}, "row_chunk='x' is no int"),
+        ("varlen", {"reserve_rows": -5}, "reserve_rows=-5 is below 0"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_by_name(name, parameters, message):
+    selection = fixed_selection()
+    with pytest.raises(nsa.errors.ArgumentError, match=message):
+        nsa.selection_attention(*tensors(selection, 45, 2, 8, 8), selection, path=name, parameters=parameters)
+
+
+def test_context_lengths_are_checked_on_every_call():
+    blocks = torch.zeros(2, 1, 1, 1, dtype=torch.int32)
+    good, bad = (
+        Selection.from_blocks(blocks, block_size=8, context_length=torch.tensor(lengths))
+        for lengths in ([9, 24], [32, 24])
+    )
+    inputs = tensors(good, 24, 1, 8, 8)
+    nsa.selection_attention(*inputs, good, path="gather")
+    with pytest.raises(nsa.errors.ArgumentError, match="exceeds the 24 keys"):
+        nsa.selection_attention(*inputs, bad, path="gather")
+
+
 def test_flex_equals_the_oracle_where_it_compiles():
     selection = fixed_selection(block_size=16)
     query, key, value = tensors(selection, 45, 2, 16, 16)
@@ -148,7 +224,7 @@ def test_flex_equals_the_oracle_where_it_compiles():
 def test_a_blocks_only_path_says_so_for_ranges():
     selection = Selection.from_ranges(torch.zeros(1, 1, 1, 1, 2, dtype=torch.int64), context_length=4)
     query, key, value = tensors(selection, 4, 1, 8, 8)
-    with pytest.raises(nsa.UnsupportedPathError, match="^unsupported: needs blocks"):
+    with pytest.raises(nsa.UnsupportedPathError, match=r"^unsupported: needs blocks"):
         nsa.selection_attention(query, key, value, selection, path="flex")
 
 

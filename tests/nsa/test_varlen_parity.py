@@ -36,9 +36,7 @@ def test_varlen_segment_parity(batch, queries, groups, heads, context):
 def test_varlen_parity_on_the_gpu(batch, queries, groups, heads, context, backend, dtype):
     made = ragged(batch, queries, groups, context)
     selection = Selection.from_blocks(made.indices.cuda(), block_size=16, context_length=context)
-    query, key, value = (
-        t.detach().cuda().requires_grad_() for t in tensors(made, context, heads, 32, 32, dtype)
-    )
+    query, key, value = (t.detach().cuda().requires_grad_() for t in tensors(made, context, heads, 32, 32, dtype))
     truth, allowed = bound(selection, query, key, value, 32**-0.5, dtype)
     out = nsa.selection_attention(query, key, value, selection, path="varlen", parameters={"backend": backend})
     assert (out.double() - truth).abs().max() <= allowed
