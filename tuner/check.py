@@ -291,7 +291,9 @@ def awkward_inputs(problem: SelectionProblem, device: torch.device) -> Iterator[
         first = Selection.from_blocks(ragged.to(device), block_size=size, context_length=lengths)
         if queries <= size + 1:
             unused = torch.arange(context, device=device) >= lengths[:, None]
-            spoilt_k, spoilt_v = (tensor.masked_fill(unused[:, None, :, None], float("nan")) for tensor in (k, v))
+            spoilt_k, spoilt_v = (
+                tensor.clone().masked_fill_(unused[:, None, :, None], float("nan")) for tensor in (k, v)
+            )
             case = Inputs(q, spoilt_k, spoilt_v, first, None)
             yield "different context lengths in one batch, NaN beyond them", case
     else:

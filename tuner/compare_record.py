@@ -202,10 +202,14 @@ def unfinished(root: Path, question: Question, software: dict[str, Value]) -> Co
     """The newest comparison below ``root`` that asked the same with the same software and did not end."""
     for file in sorted(root.glob("*/environment.json"), key=lambda file: file.parent.name, reverse=True):
         folder = CompareFolder(file.parent)
-        if not folder.done_file.exists() and folder.environment().software == software:
-            asked = folder.question()
-            if asked.same_as(question):
-                return folder
+        if folder.done_file.exists():
+            continue
+        try:
+            same = folder.environment().software == software and folder.question().same_as(question)
+        except msgspec.ValidationError:  # another version of this tool asked it
+            same = False
+        if same:
+            return folder
     return None
 
 

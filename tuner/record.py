@@ -113,6 +113,10 @@ class RunFolder:
             return False
         return True
 
+    def release(self) -> None:
+        """Let other processes have the run."""
+        self._lock.close()
+
     @property
     def complete(self) -> bool:
         """Whether the run reached its end."""

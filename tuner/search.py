@@ -104,19 +104,25 @@ class Search:
             self.folder, word = self._folder(identity, software, clocks, timer)
             self.records, _ = self.folder.records()
             self.listener.started(self.folder.environment(), self.problems, len(self.records), word)
-            for number, family in enumerate(self.families):
-                if self.sweep.kind == "paths":
-                    self.run_family(family)
-                    if number == 0:
-                        self.reserves(family, family.problems[0])
-                else:
-                    for problem in family.problems:
-                        self.reserves(family, problem)
-                        self.done += 1
-            self.folder.finish()
+            try:
+                self._walk()
+            finally:
+                self.folder.release()
             return self.folder
         finally:
             self.session.close()
+
+    def _walk(self) -> None:
+        for number, family in enumerate(self.families):
+            if self.sweep.kind == "paths":
+                self.run_family(family)
+                if number == 0:
+                    self.reserves(family, family.problems[0])
+            else:
+                for problem in family.problems:
+                    self.reserves(family, problem)
+                    self.done += 1
+        self.folder.finish()
 
     def _folder(self, identity: Any, software: Any, clocks: Any, timer: dict[str, Value]) -> tuple[RunFolder, str]:
         """The unfinished run of the same sweep, commit, effort and software on this device, or a new one."""

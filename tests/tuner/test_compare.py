@@ -240,6 +240,19 @@ def interrupting(write: Any, after: int) -> Any:
     return wrapped
 
 
+def test_what_another_version_left_unfinished_is_left_alone(repository: Repository, tmp_path: Path) -> None:
+    with open_trees(repository.first, repository.first, repository=repository.folder) as (base, head):
+        asked = question(base, head)
+        first = Comparing(asked, out=tmp_path, hire=LocalWorker, clock=Clock()).run()
+        folder = CompareFolder(Path(first.run))
+        folder.done_file.unlink()
+        text = folder.environment_file.read_text()
+        folder.environment_file.write_text(text.replace('"budget_s": 60.0', '"budget_s": "what was this"'))
+        second = Comparing(asked, out=tmp_path, hire=LocalWorker, clock=Clock()).run()
+    assert second.run != first.run
+    assert second.verdict == "passed"
+
+
 @pytest.mark.parametrize("ask", [4, 8, 9, 11])
 def test_a_killed_worker_costs_a_launch_and_no_verdict(repository: Repository, tmp_path: Path, ask: int) -> None:
     with deaths(ask):
