@@ -6,8 +6,6 @@ that ``--help`` answers at once.
 
 from __future__ import annotations
 
-import hashlib
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -15,6 +13,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from tuner.checkout import current_commit
+from tuner.gate_cli import mount
 
 app = typer.Typer(
     name="nsa-tune",
@@ -118,35 +119,22 @@ def doctor(json: JsonFlag = False) -> None:
 
 @app.command()
 def plot(
-    run: Annotated[Path | None, typer.Argument(help="A run's folder; by default the newest below OUT/records.")] = None,
+    run: Annotated[
+        Path | None, typer.Argument(help="A run's folder, by default the newest below OUT/records; or 'regressions'.")
+    ] = None,
     out: OutOption = Path("results"),
     to: Annotated[Path | None, typer.Option(help="Folder for the figures; by default beside the records.")] = None,
 ) -> None:
-    """Draw a run's figures: latency, winners, reserves, evidence."""
+    """Draw a run's figures (latency, winners, reserves, evidence), or the regressions of the newest history."""
     from tuner import commands
 
     with clear_errors():
-        commands.plot(run, out, to)
+        if run == Path("regressions"):
+            from tuner import gate_commands
+
+            gate_commands.plot_regressions(out, to)
+        else:
+            commands.plot(run, out, to)
 
 
-def current_commit() -> str:
-    """The commit of the checkout that this tool runs from; where its code differs, with a digest of the difference.
-
-    'unknown' where it runs from no checkout. The folder it is called in does not matter.
-    """
-    here = Path(__file__).parent.parent
-    if not (here / ".git").exists():
-        return "unknown"
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True).stdout
-
-    try:
-        head = git("rev-parse", "HEAD").strip()
-        changed = git("status", "--porcelain", "--", "nsa", "tuner", "sweeps")
-        difference = git("diff", "HEAD", "--", "nsa", "tuner", "sweeps")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    if not changed:
-        return head
-    return f"{head}-dirty-{hashlib.sha256((changed + difference).encode()).hexdigest()[:8]}"
+mount(app)

@@ -21,8 +21,9 @@ from tuner.bisect import Bisecting, BisectResult
 from tuner.commands import choose_device, seconds
 from tuner.compare import Comparing, Listener
 from tuner.compare_record import AUTO, Question, Scenario, scenarios_of
-from tuner.history import HistoryResult
+from tuner.history import HistoryResult, read_history
 from tuner.history import history as walk
+from tuner.marks import points_of
 from tuner.sweep import SweepError, read_sweep
 from tuner.trees import Tree, open_trees
 
@@ -114,6 +115,19 @@ def bisect(good: str, bad: str, scenario: str, options: GateOptions) -> int:
         result = search.run()
     say(as_json(result, result.exit_code) if options.json else bisect_text(result))
     return result.exit_code
+
+
+def plot_regressions(out: Path, to: Path | None) -> None:
+    """Draw the newest history below ``out``. Raises TreeError where there is none."""
+    from tuner.plot_regressions import draw_regressions  # matplotlib takes a second to import
+
+    files = sorted((out / "history").glob("*.jsonl"), key=lambda file: file.stat().st_mtime)
+    if not files:
+        raise SweepError(f"no history below {out / 'history'}; run 'nsa-tune history FIRST..LAST' first")
+    found = read_history(files[-1])
+    title = f"Time of each commit over the anchor's\n{files[-1].stem}, {found.lines[0].device if found.lines else ''}"
+    for figure in draw_regressions(points_of(found.lines), found.change_points, to or out / "history" / "plots", title):
+        print(figure)
 
 
 def selftest(options: GateOptions) -> int:
