@@ -42,10 +42,10 @@ def clear_errors() -> Iterator[None]:
     except DoesNotImport as error:
         typer.echo(f"nsa-tune: {error}", err=True)
         raise typer.Exit(1) from error
-    except (SweepError, TreeError) as error:
+    except (SweepError, TreeError, DeviceError) as error:
         typer.echo(f"nsa-tune: {error}", err=True)
         raise typer.Exit(2) from error
-    except (NSAError, DeviceError, RecordError, OSError) as error:
+    except (NSAError, RecordError, OSError) as error:
         typer.echo(f"nsa-tune: {error}", err=True)
         raise typer.Exit(1) from error
 
