@@ -75,10 +75,10 @@ def device_identity(kind: str) -> DeviceIdentity:
 
 @cache
 def software_identity() -> SoftwareIdentity:
-    """Versions in this process. Triton counts only where torch can compile with it."""
+    """Versions in this process. Triton counts only beside a CUDA build of torch: on a CPU it changes nothing."""
     return SoftwareIdentity(
         torch=str(torch.__version__),
-        triton=_version("triton"),
+        triton=_version("triton") if torch.version.cuda else "",
         cuda=torch.version.cuda or "",
         driver=_driver_version() if torch.cuda.is_available() else "",
         flash_attn=_version("flash_attn"),

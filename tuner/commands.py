@@ -77,7 +77,7 @@ def sweep(options: SweepOptions) -> None:
         if entries:
             out.print()
             out.print("What the runtime will now take, by how much, how sure:")
-            out.print(report.evidence_tables(entries, kind))
+            out.print(report.evidence_tables(entries, kind, out.width))
     errors.print(f"records  {folder.path}\nfigures  {folder.path / 'figures'}")
     for path, table in tables:
         errors.print(f"table    {path} ({report.table_summary(table)})")
@@ -233,7 +233,7 @@ def show(path: Path | None, *, json: bool) -> None:
     if not table.entries:
         out.print("no entries: every call takes its default path; run 'nsa-tune sweep' to measure this machine")
         return
-    out.print(report.evidence_tables(table.entries, table.device.kind))
+    out.print(report.evidence_tables(table.entries, table.device.kind, out.width))
     worst = max(table.entries, key=lambda entry: entry.oracle_error / entry.oracle_bound)
     out.print(
         "oracle: every pick within its derived bound, "

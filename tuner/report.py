@@ -21,7 +21,9 @@ from nsa.device import device_identity
 from nsa.dispatch_table import DispatchEntry, DispatchTable, default_candidate
 from tuner.record import Environment, Record, Value
 from tuner.search import Listener
+from tuner.verdict import PICK_ALPHA
 
+TABLE_WIDTH = 110
 LEADERS = 6
 BUSY = 0.02
 """By how much equal work may read as unequal before we say so."""
@@ -153,12 +155,28 @@ def outcome_table(records: Sequence[Record]) -> Table:
     return table
 
 
-def evidence_tables(entries: Sequence[DispatchEntry], kind: str) -> Group:
-    """Each entry: the pick, how fast, by how much, how sure; a table for each shape, dtype and execution."""
+def evidence_tables(entries: Sequence[DispatchEntry], kind: str, width: int) -> Group:
+    """Each entry: the pick, how fast, by how much, how sure; a block for each shape, dtype and execution.
+
+    Where the terminal is too narrow for a table, two lines an entry.
+    """
     groups: dict[str, list[DispatchEntry]] = {}
     for entry in entries:
         groups.setdefault(shape_line(msgspec.to_builtins(entry.problem())), []).append(entry)
-    return Group(*(_evidence_table(title, members, kind) for title, members in groups.items()))
+    draw = _evidence_table if width >= TABLE_WIDTH else _evidence_lines
+    legend = f"ratio: time over time, below 1 is faster; E: evidence, certified from (candidates - 1) / {PICK_ALPHA} on"
+    return Group(*(draw(title, members, kind) for title, members in groups.items()), Text(legend, style="dim"))
+
+
+def _evidence_lines(title: str, entries: Sequence[DispatchEntry], kind: str) -> Text:
+    lines = [title]
+    for entry in entries:
+        batch = f" B{entry.B}" if entry.B > 1 else ""
+        ratio, interval = ratio_texts(entry, kind)
+        evidence = "" if entry.e_value is None else f", E {entry.e_value:.1e}"
+        lines.append(f"  {entry.mode}{batch} {entry.T}: {candidate_name(entry.path, entry.parameters)}")
+        lines.append(f"      {entry.median_us:.1f} us, {ratio} {interval}{evidence}, {entry.pairs} pairs")
+    return Text("\n".join(lines))
 
 
 def _evidence_table(title: str, entries: Sequence[DispatchEntry], kind: str) -> Table:
