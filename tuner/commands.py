@@ -20,7 +20,8 @@ from nsa.problem import DType, Mode, SelectionProblem
 from tuner import report
 from tuner.ledger import size_of
 from tuner.record import RunFolder, run_folders
-from tuner.search import EFFORTS, Search, space_of
+from tuner.search import Search
+from tuner.space import EFFORTS, space_of
 from tuner.sweep import SweepDefinition, SweepError, families, read_sweep
 from tuner.table import write_table
 

@@ -18,6 +18,7 @@ from optuna.trial import TrialState
 
 from nsa.paths import Candidate, Parameter
 from nsa.trace import ParameterValue
+from tuner.record import Record
 
 ENUMERATE_AT_MOST = 96
 GENERATIONS, PER_GENERATION = 4, 16
@@ -122,6 +123,40 @@ class Ledger:
         candidate = Candidate(path=path, parameters=chosen)
         trial.set_user_attr("candidate", candidate.name)
         return Proposal(candidate, trial)
+
+
+class Progress:
+    """A generation on its way through the contexts: who is still in, and what the ledger is told of each."""
+
+    def __init__(self, ledger: Ledger, proposals: list[Proposal]) -> None:
+        self.ledger, self.everyone, self.alive = ledger, proposals, list(proposals)
+        self.values: dict[str, list[float]] = {proposal.candidate.name: [] for proposal in proposals}
+        self.peaks: dict[str, int] = {}
+        self.pruned: set[str] = set()
+
+    def report(self, context: int, ratios: dict[str, float], records: list[Record]) -> None:
+        """Tell a context's values. Who failed is out; who is too slow is, unless it is the best of its path."""
+        best: dict[str, str] = {}
+        for record in sorted((r for r in records if r.candidate in ratios), key=lambda r: ratios[r.candidate]):
+            best.setdefault(record.path, record.candidate)
+            self.peaks[record.candidate] = max(self.peaks.get(record.candidate, 0), record.peak_bytes or 0)
+        staying = []
+        for proposal in self.alive:
+            name = proposal.candidate.name
+            if name in ratios:
+                self.values[name].append(ratios[name])
+                if not self.ledger.report(proposal, ratios[name], context) or name in best.values():
+                    staying.append(proposal)
+                else:
+                    self.pruned.add(name)
+        self.alive = staying
+
+    def close(self, memory_limit_bytes: int) -> None:
+        """End every candidate's trial."""
+        for proposal in self.everyone:
+            name = proposal.candidate.name
+            over = self.peaks.get(name, 0) - (memory_limit_bytes or 2**62)
+            self.ledger.close(proposal, self.values[name], over, pruned=name in self.pruned)
 
 
 def size_of(space: Space) -> int:

@@ -22,13 +22,14 @@ from optuna.storages.journal import JournalFileBackend
 from sqlalchemy.exc import SQLAlchemyError
 
 from nsa.dispatch_table import default_candidate
-from nsa.paths import Candidate, Parameter, SelectionPath
+from nsa.paths import Candidate, SelectionPath
 from nsa.problem import SelectionProblem
 from tuner import stats, verdict
-from tuner.ledger import Ledger, Proposal, Space
+from tuner.ledger import Ledger, Progress
 from tuner.record import Environment, Record, RunFolder, Stage, Value, run_folders
 from tuner.rounds import aligned, by_round, rounds_of
 from tuner.session import Session, next_round
+from tuner.space import Effort, reserve_rungs, space_of
 from tuner.sweep import Family, SweepDefinition, SweepError, families
 from tuner.trial import Assessment, SequenceResult, Timing, Trial
 
@@ -38,23 +39,6 @@ NEAR = math.log(1.1)
 SCREEN_ROUNDS, SHOOTOUT_BATCH = 5, 10
 SCREEN_SHARE, SHOOTOUT_SHARE = 0.2, 0.5
 """Of a problem's share of the time left; checking takes the rest."""
-
-
-class Effort(msgspec.Struct, frozen=True, kw_only=True):
-    """How much to spend. ``repeats``: of reserve sequences. ``patience``: scales how long a request may take."""
-
-    name: str
-    pairs: int
-    whole_ladders: bool
-    slow_builds: bool
-    repeats: int
-    patience: float
-
-
-EFFORTS = {
-    "quick": Effort(name="quick", pairs=60, whole_ladders=False, slow_builds=False, repeats=1, patience=1.0),
-    "full": Effort(name="full", pairs=200, whole_ladders=True, slow_builds=True, repeats=10, patience=4.0),
-}
 
 
 class Listener:
@@ -342,84 +326,9 @@ class Search:
         self.listener.working(f"{family.name} T={problem.T}: {what}", self.done / self.problems, self._left_s())
 
 
-class Progress:
-    """A generation on its way through the contexts: who is still in, and what the ledger is told of each."""
-
-    def __init__(self, ledger: Ledger, proposals: list[Proposal]) -> None:
-        self.ledger, self.everyone, self.alive = ledger, proposals, list(proposals)
-        self.values: dict[str, list[float]] = {proposal.candidate.name: [] for proposal in proposals}
-        self.peaks: dict[str, int] = {}
-        self.pruned: set[str] = set()
-
-    def report(self, context: int, ratios: dict[str, float], records: list[Record]) -> None:
-        """Tell a context's values. Who failed is out; who is too slow is, unless it is the best of its path."""
-        best: dict[str, str] = {}
-        for record in sorted((r for r in records if r.candidate in ratios), key=lambda r: ratios[r.candidate]):
-            best.setdefault(record.path, record.candidate)
-            self.peaks[record.candidate] = max(self.peaks.get(record.candidate, 0), record.peak_bytes or 0)
-        staying = []
-        for proposal in self.alive:
-            name = proposal.candidate.name
-            if name in ratios:
-                self.values[name].append(ratios[name])
-                if not self.ledger.report(proposal, ratios[name], context) or name in best.values():
-                    staying.append(proposal)
-                else:
-                    self.pruned.add(name)
-        self.alive = staying
-
-    def close(self, memory_limit_bytes: int) -> None:
-        """End every candidate's trial."""
-        for proposal in self.everyone:
-            name = proposal.candidate.name
-            over = self.peaks.get(name, 0) - (memory_limit_bytes or 2**62)
-            self.ledger.close(proposal, self.values[name], over, pruned=name in self.pruned)
-
-
 def fewest_pairs(candidates: int) -> int:
     """Rounds after which a clear difference among so many candidates, the default included, can be certified."""
     return stats.pairs_needed(alpha=verdict.PICK_ALPHA, scenarios=max(1, candidates - 1)) + 4
-
-
-def space_of(
-    sweep: SweepDefinition, effort: Effort, paths: Mapping[str, SelectionPath], family: Family, device: str
-) -> tuple[Space, dict[str, str]]:
-    """Path -> parameters to cross, reserves left out, and path -> why it is not in. Ladders at the largest context."""
-    problem, target = family.problems[-1], torch.device(device)
-    space: dict[str, tuple[Parameter, ...]] = {}
-    left_out: dict[str, str] = {}
-    for name in sweep.paths:
-        path = paths[name]
-        reason = path.unsupported_reason(problem, target, path.defaults(problem, target))
-        if reason is None and path.slow_to_build and target.type == "cpu" and not effort.slow_builds:
-            reason = "takes tens of seconds to compile on a CPU; run with --effort full"
-        if reason is not None:
-            left_out[name] = reason
-            continue
-        ladders = {} if effort.whole_ladders else sweep.ladders.get(name, {})
-        items = [item for item in path.tunables(problem, target) if not item.reserve]
-        space[name] = tuple(narrowed(item, ladders.get(item.name)) for item in items)
-    return space, left_out
-
-
-def narrowed(item: Parameter, ladder: tuple[Value, ...] | None) -> Parameter:
-    """A parameter on the part of its ladder that the sweep names; its default stays where it can.
-
-    Values that the path does not offer for this problem (a chunk of more rows than there are) drop out.
-    """
-    kept = tuple(value for value in item.ladder if ladder is None or value in ladder) or (item.default,)
-    return Parameter(item.name, kept, item.default if item.default in kept else kept[0])
-
-
-def reserve_rungs(path: SelectionPath, problem: SelectionProblem, device: torch.device) -> list[Candidate]:
-    """The path at its defaults with its reserves at the first rung of their ladders, the second, and so on."""
-    items = [item for item in path.tunables(problem, device) if item.reserve]
-    defaults = path.defaults(problem, device)
-    if not items or path.unsupported_reason(problem, device, defaults):
-        return []
-    rungs = range(max(len(item.ladder) for item in items))
-    chosen = ({item.name: item.ladder[min(rung, len(item.ladder) - 1)] for item in items} for rung in rungs)
-    return [Candidate(path=path.name, parameters={**defaults, **reserves}) for reserves in chosen]
 
 
 def read_self_test(timings: dict[str, Timing]) -> dict[str, Value]:

@@ -1,6 +1,6 @@
 """Session: drive two workers through problems, one that proves and one that times. Failures become assessments.
 
-A process that has been profiled is no longer timed (see ``worker.Bench.build``); dead workers are replaced. It stands
+A process that has been profiled is no longer timed (see ``bench.Bench.build``); dead workers are replaced. It stands
 between ``tuner.search`` (what to measure) and ``tuner.worker`` (where it runs), and keeps no records.
 """
 

@@ -23,11 +23,11 @@ from nsa.problem import SelectionProblem
 from nsa.selection import Selection
 from nsa.trace import ParameterValue
 from tuner.attest import FellBack
+from tuner.bench import Bench, captured
 from tuner.compare_record import AUTO, Facts, Scenario, Side
 from tuner.inputs import Inputs
 from tuner.trees import Tree, load_package
 from tuner.trial import Assessment, Trial
-from tuner.worker import Bench, captured
 
 Call = Callable[[], Any]
 

@@ -15,7 +15,8 @@ from nsa.device import device_identity, software_identity
 from nsa.paths import PATHS, Parameter
 from tests.tuner import misbehaving
 from tuner.record import Environment, Record, RunFolder, by_problem
-from tuner.search import EFFORTS, Listener, Search, fewest_pairs, narrowed, reserve_rungs, space_of
+from tuner.search import Listener, Search, fewest_pairs
+from tuner.space import EFFORTS, narrowed, reserve_rungs, space_of
 from tuner.sweep import families, read_sweep
 from tuner.table import entries_of
 

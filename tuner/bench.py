@@ -1,0 +1,191 @@
+"""Bench: what a worker holds for one trial: inputs, oracles, and the calls that are proven or timed. Worker side.
+
+It catches nothing; ``tuner.worker`` turns what it raises into outcomes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsa.paths import Candidate, SelectionPath
+from nsa.workspace import Workspace
+from tuner.attest import attest, attest_replay
+from tuner.check import Checker
+from tuner.inputs import make_inputs
+from tuner.measure import RoundTimer, Stopwatch, sm_clock_reader
+from tuner.record import SequenceSample
+from tuner.trial import Assessment, Rounds, Sequence, SequenceResult, Timing, Trial
+
+
+class Bench:
+    """What the worker holds for the current trial. Runs inside the worker process."""
+
+    def __init__(self, trial: Trial, about: Callable[[str], None], memory_limit_bytes: int = 0) -> None:
+        self.trial, self.about, self.memory_limit_bytes = trial, about, memory_limit_bytes
+        self.device = torch.device(trial.device)
+        module, _, name = trial.registry.partition(":")
+        self.paths: dict[str, SelectionPath] = getattr(importlib.import_module(module), name)
+        self.inputs = make_inputs(trial.problem, trial.pattern, trial.seed, self.device)
+        self.lengths = self.inputs.selection.lengths.flatten().tolist()
+        self.checker: Checker | None = None
+        self.calls: dict[str, Callable[[], Any]] = {}
+        watch = Stopwatch(self.device, cold=trial.problem.cache == "cold")
+        self.timer = RoundTimer(watch, sm_clock_reader(self.device))
+
+    def prepared(self) -> Any:
+        """What the tool is told when the inputs are there: the measured overlap of the selections."""
+        return self.inputs.union
+
+    def assess(self, candidate: Candidate, thorough: bool) -> Assessment:
+        """Build, check, attest: everything that must hold before a clock is read."""
+        problem = self.trial.problem
+        path = self.paths[candidate.path]
+        reason = path.unsupported_reason(problem, self.device, candidate.parameters)
+        if reason is not None:
+            return Assessment(outcome="unsupported", reason=reason)
+        self.about(candidate.name)
+        if self.checker is None:
+            self.checker = Checker(problem, self.inputs, self._workspace)
+        checked = self.checker.check(path, candidate.parameters, thorough=thorough)
+        evidence = path.evidence(problem, self.device, candidate.parameters, self.lengths)
+        cuda = self.device.type == "cuda"
+        once = attest(lambda: self._call(candidate, self._workspace())(), evidence, cuda=cuda)
+        workspace = self._workspace()
+        call = self._call(candidate, workspace)
+        call()
+        if problem.execution == "graph":
+            attest_replay(captured(call), set(once.gpu_kernels))
+        report = workspace.report()
+        return Assessment(
+            outcome="ok",
+            oracle_error=checked.error,
+            oracle_bound=checked.bound,
+            kernels=once.kernels,
+            peak_bytes=once.peak_bytes,
+            workspace_bytes=report.bytes,
+            growths=report.growths,
+        )
+
+    def build(self, candidate: Candidate) -> float:
+        """Make an assessed candidate ready to be timed here: one call held against the oracle, no profiler.
+
+        A process that was profiled once launches kernels 1.5 times slower ever after (seen on an H200, docs/log.md),
+        so what is timed lives in another process than what was attested. Returns microseconds of one call.
+        """
+        self.about(candidate.name)
+        if self.checker is None:
+            self.checker = Checker(self.trial.problem, self.inputs, self._workspace)
+        self.checker.check_once(self.paths[candidate.path], candidate.parameters)
+        call = self._call(candidate, self._workspace())
+        call()
+        if self.trial.problem.execution == "graph":
+            call = captured(call)
+        self.calls[candidate.name] = call
+        self.recheck(candidate)
+        began = time.perf_counter()
+        call()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - began) * 1e6
+
+    def _workspace(self) -> Workspace:
+        return Workspace(memory_limit_bytes=self.memory_limit_bytes or None)
+
+    def _call(self, candidate: Candidate, workspace: Workspace) -> Callable[[], Any]:
+        case, parameters = self.inputs, candidate.parameters
+        run = self.paths[candidate.path].function()
+        scale = case.query.shape[-1] ** -0.5
+        if self.trial.problem.mode == "train":
+            leaves = [tensor.detach().clone().requires_grad_() for tensor in (case.query, case.key, case.value)]
+            query, key, value = leaves
+            ones = torch.ones((*case.query.shape[:4], case.value.shape[3]), dtype=case.value.dtype, device=self.device)
+
+            def step() -> Tensor:
+                out = run(query, key, value, case.selection, scale=scale, workspace=workspace, **parameters)
+                torch.autograd.grad(out, leaves, ones)
+                return out.detach()
+
+            return step
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return run(
+                    case.query, case.key, case.value, case.selection, scale=scale, workspace=workspace, **parameters
+                )
+
+        return forward
+
+    def rounds(self, request: Rounds) -> dict[str, Timing]:
+        """Shared rounds over built candidates."""
+        calls = {candidate.name: self.calls[candidate.name] for candidate in request.candidates}
+        measured = self.timer.rounds(
+            calls, count=request.count, first=request.first, seed=request.seed,
+            sample_us=request.sample_us, budget_s=request.budget_s, about=self.about,
+        )  # fmt: skip
+        return {
+            name: Timing(samples=found.samples, dropped=found.dropped, calls_per_sample=found.calls)
+            for name, found in measured.items()
+        }
+
+    def recheck(self, candidate: Candidate) -> float:
+        """Hold what the timed call itself gives, replays included, against the oracle. Raises WrongResult."""
+        assert self.checker is not None, "build comes first"
+        out = self.calls[candidate.name]()
+        return self.checker.oracle.compare(out, "the very call that is timed")
+
+    def release(self, names: tuple[str, ...]) -> None:
+        """Forget built candidates and the memory that their calls hold."""
+        for name in names:
+            self.calls.pop(name, None)
+
+    def sequence(self, request: Sequence) -> SequenceResult:
+        """Latency and growths of each call along a sequence of contexts, one workspace throughout."""
+        candidate, workspace = request.candidate, self._workspace()
+        run = self.paths[candidate.path].function()
+        cases = {context: self.inputs.at(context) for context in set(request.contexts)}
+        watch = Stopwatch(self.device, cold=False)
+        samples = []
+        for step, context in enumerate(request.contexts):
+            self.about(f"{candidate.name} at {context}")
+            case = cases[context]
+
+            def call(case: Any = case) -> None:
+                run(
+                    case.query, case.key, case.value, case.selection,
+                    scale=case.query.shape[-1] ** -0.5, workspace=workspace, **candidate.parameters,
+                )  # fmt: skip
+
+            with torch.no_grad():
+                us = watch.sample_us(call, 1)
+            samples.append(SequenceSample(step, context, us, workspace.growths))
+        return SequenceResult(samples=samples, workspace_bytes=workspace.bytes, growths=workspace.growths)
+
+
+def captured(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call as a CUDA graph's replay, captured after three warm-up calls on a side stream; it gives the output.
+
+    What is returned keeps the call, and so the inputs and workspace buffers that the graph reads, alive.
+    """
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    if isinstance(out, Tensor):
+        out.fill_(float("nan"))  # what a replay does not write must not be left over from the capture
+
+    def replay(_reads: Callable[[], Any] = call) -> Any:
+        graph.replay()
+        return out
+
+    return replay
