@@ -6,8 +6,6 @@ that ``--help`` answers at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +13,7 @@ from typing import Annotated
 import typer
 
 from tuner.checkout import current_commit
-from tuner.gate_cli import mount
+from tuner.gate_cli import clear_errors, mount
 
 app = typer.Typer(
     name="nsa-tune",
@@ -45,23 +43,6 @@ def main(show_version: Annotated[bool, typer.Option("--version", help="Print the
     if show_version:
         typer.echo(f"nsa-tune {version()}")
         raise typer.Exit
-
-
-@contextmanager
-def clear_errors() -> Iterator[None]:
-    """Errors that a user can act on become one line and exit code 2 (what was asked) or 1 (what happened)."""
-    from nsa.errors import NSAError
-    from tuner.record import RecordError
-    from tuner.sweep import SweepError
-
-    try:
-        yield
-    except SweepError as error:
-        typer.echo(f"nsa-tune: {error}", err=True)
-        raise typer.Exit(2) from error
-    except (NSAError, RecordError, OSError) as error:
-        typer.echo(f"nsa-tune: {error}", err=True)
-        raise typer.Exit(1) from error
 
 
 @app.command()

@@ -189,11 +189,10 @@ def load_package(tree: Tree, name: str) -> ModuleType:
         raise TreeError(f"{tree.label}: {package} cannot be loaded as a package")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    try:
+    with ExitStack() as undo:
+        undo.callback(forget_package, name)
         spec.loader.exec_module(module)
-    except BaseException:
-        forget_package(name)
-        raise
+        undo.pop_all()
     missing = [each for each in NEEDED if not hasattr(module, each)]
     if missing:
         raise TreeError(f"{tree.label}: its nsa has no {', '.join(missing)}; it is too old to measure")
