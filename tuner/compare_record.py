@@ -13,8 +13,8 @@ from typing import Any, Generic, Literal, TypeVar
 import msgspec
 
 from nsa.problem import SelectionProblem
-from tuner.record import Environment, Outcome, Value, write_whole
-from tuner.sweep import SweepDefinition, families
+from tuner.record import Environment, Outcome, RecordError, Value, write_whole
+from tuner.sweep import SweepDefinition, SweepError, families
 from tuner.trees import Tree
 
 Side = Literal["base", "twin", "head"]
@@ -108,6 +108,7 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
     """What is asked. ``alpha``: false-alarm rate over all scenarios and looks. ``effect``: what change matters.
 
     ``watch``: "module:factory" of the stopwatch, called with (device, cold=); tests put a scripted one there.
+    Raises SweepError for what cannot be asked.
     """
 
     base: Tree
@@ -124,11 +125,11 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.effect < INJECTED["slow_4"]:
-            raise ValueError(f"effect {self.effect}: expected 0 <= effect < 0.04, or the 4 % lane cannot be found")
+            raise SweepError(f"effect {self.effect}: expected 0 <= effect < 0.04, or the 4 % lane cannot be found")
         if not 0.0 < self.alpha < 1.0:
-            raise ValueError(f"alpha {self.alpha}: expected a rate between 0 and 1, such as 0.001")
+            raise SweepError(f"alpha {self.alpha}: expected a rate between 0 and 1, such as 0.001")
         if not self.scenarios:
-            raise ValueError("nothing to compare: the sweep has no scenario")
+            raise SweepError("nothing to compare: the sweep has no scenario")
 
     def same_as(self, other: Question) -> bool:
         """Whether pairs measured for one serve the other: same code on both sides, scenarios and limits."""
@@ -156,7 +157,7 @@ class LineFile(Generic[LineT]):
             os.fsync(file.fileno())
 
     def read(self) -> list[LineT]:
-        """All whole lines. Raises ValueError with the place of one that is none of this type."""
+        """All whole lines. Raises RecordError with the place of one that is none of this type."""
         if not self.path.exists():
             return []
         data = self.path.read_bytes()
@@ -168,7 +169,7 @@ class LineFile(Generic[LineT]):
             try:
                 found.append(self.decoder.decode(line))
             except msgspec.DecodeError as error:
-                raise ValueError(f"{self.path}:{number}: {error}; move the file away to start over") from error
+                raise RecordError(f"{self.path}:{number}: {error}; move the file away to start over") from error
         return found
 
 

@@ -25,6 +25,7 @@ EffectOption = Annotated[str, typer.Option(help="What counts as a slowdown, such
 BudgetOption = Annotated[str, typer.Option(help="Time for one comparison, such as 90s or 5m.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 OutOption = Annotated[Path, typer.Option(help="Folder that receives the records.")]
+CommitOption = Annotated[str, typer.Option(help="Commit of the tool to record where no git repository is at hand.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 
@@ -52,14 +53,14 @@ def clear_errors() -> Iterator[None]:
 
 def options_of(
     sweep: str, override: list[str] | None, path: list[str] | None, alpha: float, effect: str, budget: str, device: str,
-    out: Path, json: bool,
+    out: Path, json: bool, commit: str = "",
 ) -> GateOptions:  # fmt: skip
     """The command line as the commands take it."""
     from tuner.gate_commands import GateOptions
 
     return GateOptions(
         sweep=sweep, overrides=tuple(override or ()), paths=tuple(path or ()), alpha=alpha, effect=effect,
-        budget=budget, device=device, out=out, commit=current_commit(), json=json,
+        budget=budget, device=device, out=out, commit=commit or current_commit(), json=json,
     )  # fmt: skip
 
 
@@ -75,13 +76,14 @@ def compare(
     device: DeviceOption = "auto",
     out: OutOption = Path("results"),
     markdown: Annotated[Path | None, typer.Option(help="Write a pull-request comment there.")] = None,
+    commit: CommitOption = "",
     json: JsonFlag = False,
 ) -> None:
     """Tell whether HEAD made any path slower, wrong, hungrier or no longer executing than BASE, with stated errors."""
     with clear_errors():
         from tuner import gate_commands
 
-        options = options_of(sweep, override, path, alpha, effect, budget, device, out, json)
+        options = options_of(sweep, override, path, alpha, effect, budget, device, out, json, commit)
         raise typer.Exit(gate_commands.compare(base, head, options, markdown=markdown))
 
 

@@ -1,7 +1,7 @@
 """What the gate's commands do, once the command line has been read: compare, history, bisect, selftest.
 
 Each prints its result on stdout, progress on stderr, and returns the exit code. They raise TreeError (a side that
-cannot be had), DoesNotImport, DeviceError, SweepError and ValueError (a setting) for the command line to put in words.
+cannot be had), DoesNotImport, DeviceError, SweepError and RecordError for the command line to put in words.
 """
 
 from __future__ import annotations

@@ -41,7 +41,8 @@ from tuner.compare_record import (
 )
 from tuner.hiring import DeviceError, hire_for
 from tuner.judge import CompareResult, judge
-from tuner.sweep import read_sweep
+from tuner.record import RecordError
+from tuner.sweep import SweepError, read_sweep
 from tuner.trees import Tree, TreeError, open_trees
 
 
@@ -276,7 +277,7 @@ def test_a_half_written_line_is_cut_off_and_the_rest_kept(tmp_path: Path) -> Non
     file.append(Facts(outcome="crash"))
     assert [facts.outcome for facts in file.read()] == ["ok", "wrong", "crash"]
     file.path.write_bytes(b'{"outcome":"nonsense"}\n')
-    with pytest.raises(ValueError, match=r"lines\.jsonl:1"):
+    with pytest.raises(RecordError, match=r"lines\.jsonl:1"):
         file.read()
 
 
@@ -360,7 +361,7 @@ def test_a_device_that_is_not_there_is_an_error(repository: Repository, tmp_path
     ("settings", "words"), [({"effect": 0.05}, "4 % lane"), ({"alpha": 0.0}, "rate"), ({"scenarios": ()}, "nothing")]
 )
 def test_a_question_without_an_answer_is_refused(settings: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(SweepError, match=words):
         msgspec.structs.replace(bare_question(), **settings)
 
 
