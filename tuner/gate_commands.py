@@ -169,7 +169,9 @@ def history_text(result: HistoryResult) -> str:
             reason = f" ({found.reason})" if found.verdict == "undecided" else ""
             lines.append(f"    {found.scenario}: {found.verdict}{ratio}{reason}")
     lines += ["", "marked:" if result.marks else "no commit is worse than the one before it"]
-    lines += [f"    {mark.commit[:10]} {mark.scenario}: {mark.what}; {mark.subject}" for mark in result.marks]
+    for mark in result.marks:
+        lines.append(f"    {mark.commit[:10]} {mark.scenario}: {mark.what}; {mark.subject}")
+        lines += [f"        or {commit[:10]}, which could not be told" for commit in mark.suspects]
     moved = [f"{name}: {', '.join(c[:10] for c in found)}" for name, found in result.change_points.items() if found]
     return "\n".join([*lines, *(f"change points (attribution only)  {words}" for words in moved)]) + "\n"
 

@@ -51,12 +51,17 @@ class CommitLine(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Mark(msgspec.Struct, frozen=True, kw_only=True):
-    """The first commit at which a scenario is worse than at the measured commit before it."""
+    """The first commit at which a scenario is worse than at the measured commit before it.
+
+    ``suspects``: commits between those two that may be it too: they do not import or, where time is what is worse, were
+    undecided.
+    """
 
     commit: str
     subject: str
     scenario: str
     what: str
+    suspects: tuple[str, ...] = ()
 
 
 def scenarios_in(result: CompareResult) -> Iterable[CommitScenario]:
@@ -72,14 +77,20 @@ def scenarios_in(result: CompareResult) -> Iterable[CommitScenario]:
 
 def marks_of(lines: Sequence[CommitLine]) -> Iterable[Mark]:
     """Where a scenario got worse: a worse verdict, an interval wholly above the last one's, or a new kind of change."""
-    before: dict[str, CommitScenario] = {}
-    for line in lines:
+    before: dict[str, tuple[int, CommitScenario]] = {}
+    for place, line in enumerate(lines):
         for now in line.scenarios:
-            what = worse_than(before.get(now.scenario), now)
+            known, last = before.get(now.scenario, (-1, None))
+            what = worse_than(last, now)
             if what:
-                yield Mark(commit=line.commit, subject=line.subject, scenario=now.scenario, what=what)
+                timed = now.verdict == "slower"
+                between = [each.commit for each in lines[known + 1 : place] if timed or each.verdict == NO_IMPORT]
+                yield Mark(
+                    commit=line.commit, subject=line.subject, scenario=now.scenario, what=what,
+                    suspects=tuple(between),
+                )  # fmt: skip
             if now.verdict != "undecided":
-                before[now.scenario] = now
+                before[now.scenario] = (place, now)
 
 
 def worse_than(before: CommitScenario | None, now: CommitScenario) -> str:

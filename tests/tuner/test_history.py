@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from tests.tuner.scripted import (
@@ -23,7 +24,7 @@ from tests.tuner.scripted import (
     scenario,
 )
 from tuner.history import HistoryResult, history, parse_range
-from tuner.marks import CommitLine, CommitScenario, change_points, marks_of, points_of
+from tuner.marks import NO_IMPORT, CommitLine, CommitScenario, change_points, marks_of, points_of
 from tuner.trees import TreeError
 
 
@@ -110,7 +111,7 @@ def test_a_history_goes_on_where_it_was_killed_and_skips_what_does_not_import(
         *("passed", "passed", "does not import"), *["regressed"] * 4
     ]  # fmt: skip
     assert "no_such_module" in result.lines[2].reason
-    assert [mark.commit for mark in result.marks] == [commits[3]]
+    assert [(mark.commit, mark.suspects) for mark in result.marks] == [(commits[3], (commits[2],))]
 
 
 def test_a_history_begun_on_another_device_is_refused(repository: Repository, tmp_path: Path) -> None:
@@ -150,6 +151,15 @@ def test_a_second_slowdown_on_top_of_the_first_is_marked_too() -> None:
 def test_an_undecided_commit_is_neither_marked_nor_a_new_start() -> None:
     lines = [ratio(0, 1.0), ratio(1, 1.05, "slower"), line(2, verdict="undecided"), ratio(3, 1.05, "slower")]
     assert [mark.commit for mark in marks_of(lines)] == ["c1"]
+
+
+def test_a_mark_names_the_commits_before_it_that_could_not_be_told() -> None:
+    absent = msgspec.structs.replace(line(2, verdict="same"), verdict=NO_IMPORT, scenarios=())
+    slower = [ratio(0, 1.0), line(1, verdict="undecided"), absent, ratio(3, 1.05, "slower")]
+    wrong = [*slower[:3], line(3, verdict="wrong", reason="x")]  # an undecided commit passed its checks
+    assert [mark.suspects for mark in marks_of(slower)] == [("c1", "c2")]
+    assert [mark.suspects for mark in marks_of(wrong)] == [("c2",)]
+    assert [mark.suspects for mark in marks_of([ratio(0, 1.0), ratio(1, 1.05, "slower")])] == [()]
 
 
 def test_what_was_mended_may_break_again() -> None:
