@@ -126,6 +126,7 @@ def run(
         k = gather(key_view, index, "varlen.key", workspace, reserve_rows=int(reserve_keys))
         index = value_base[first:end][owner] + positions * value_step
         v = gather(value_view, index, "varlen.value", workspace, reserve_rows=int(reserve_keys))
+        k, v = without_spare(k, row, end - first), without_spare(v, row, end - first)
         parts.append(attend(rows[first:end], k, v, offsets, row, longest, scale))
     executed(
         "selection",
@@ -134,6 +135,14 @@ def run(
     )
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
     return out.view(batch, queries, groups, heads, -1)
+
+
+def without_spare(gathered: Tensor, row: Tensor, rows: int) -> Tensor:
+    """The gathered keys themselves, whose gradients at spare slots (row ``rows``) are dropped: FlashAttention writes
+    none there, so what stands in its buffer would be added to the key that a spare slot repeats."""
+    if gathered.requires_grad:
+        gathered.register_hook(lambda grad: grad.masked_fill((row == rows)[:, None], 0.0))  # type: ignore[no-untyped-call]
+    return gathered
 
 
 def pack_queries(query: Tensor, workspace: Workspace | None, reserve_rows: int) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import nsa
-from nsa.paths import reference
+from nsa.paths import reference, varlen
 from nsa.paths.varlen import backend_reason
 from nsa.selection import Selection
 from tests.nsa.cases import tensors
@@ -27,6 +27,43 @@ def test_varlen_segment_parity(batch, queries, groups, heads, context):
     truth, allowed = bound(selection, query, key, value, 32**-0.5, torch.float32)
     out = nsa.selection_attention(query, key, value, selection, path="varlen", parameters={"backend": "segment"})
     assert (out - truth).abs().max() <= allowed
+
+
+class LeavesSpareGradients(torch.autograd.Function):
+    """The identity, whose backward writes nothing behind ``end``, as FlashAttention's does."""
+
+    @staticmethod
+    def forward(ctx, keys, end):
+        ctx.end = end
+        return keys.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        unwritten = torch.full_like(grad, float("nan"))
+        unwritten[: ctx.end] = grad[: ctx.end]
+        return unwritten, None
+
+
+@pytest.mark.parametrize(("batch", "queries", "groups", "heads", "context"), SHAPES)
+def test_gradients_that_a_kernel_does_not_write_reach_no_key(
+    batch, queries, groups, heads, context, monkeypatch: pytest.MonkeyPatch
+):
+    selection = ragged(batch, queries, groups, context)
+    leaves = [tensor.requires_grad_() for tensor in tensors(selection, context, heads, 32, 32)]
+    want = torch.autograd.grad(varlen.run(*leaves, selection, scale=32**-0.5).sum(), leaves)
+
+    def attention(rows, key, value, offsets, *rest):
+        end = int(offsets[-1])
+        assert end < len(key)
+        key, value = (LeavesSpareGradients.apply(tensor, end) for tensor in (key, value))
+        return segment(rows, key, value, offsets, *rest)
+
+    segment, total = varlen.segment_attention, varlen.flat_total
+    monkeypatch.setattr(varlen, "segment_attention", attention)
+    monkeypatch.setattr(varlen, "flat_total", lambda *arguments: total(*arguments) + 5)
+    found = torch.autograd.grad(varlen.run(*leaves, selection, scale=32**-0.5).sum(), leaves)
+    for have, usual in zip(found, want, strict=True):
+        torch.testing.assert_close(have, usual)
 
 
 @pytest.mark.gpu
