@@ -18,7 +18,7 @@ from nsa.workspace import Workspace
 from tuner.attest import attest, attest_replay
 from tuner.check import Checker
 from tuner.inputs import make_inputs
-from tuner.measure import RoundTimer, Stopwatch, sm_clock_reader
+from tuner.measure import RoundTimer, Stopwatch, sm_clock_reader, watch_settings
 from tuner.record import SequenceSample
 from tuner.trial import Assessment, Rounds, Sequence, SequenceResult, Timing, Trial
 
@@ -35,7 +35,7 @@ class Bench:
         self.lengths = self.inputs.selection.lengths.flatten().tolist()
         self.checker: Checker | None = None
         self.calls: dict[str, Callable[[], Any]] = {}
-        watch = Stopwatch(self.device, cold=trial.problem.cache == "cold")
+        watch = Stopwatch(self.device, **watch_settings(trial.problem))
         self.timer = RoundTimer(watch, sm_clock_reader(self.device))
 
     def prepared(self) -> Any:

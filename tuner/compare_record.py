@@ -107,7 +107,8 @@ Line = Checked | Launched | Measured
 class Question(msgspec.Struct, frozen=True, kw_only=True):
     """What is asked. ``alpha``: false-alarm rate over all scenarios and looks. ``effect``: what change matters.
 
-    ``watch``: "module:factory" of the stopwatch, called with (device, cold=); tests put a scripted one there.
+    ``sample_us``: length of a sample, 0 = the device's own. ``watch``: "module:factory" of the stopwatch, called with
+    (device, cold=, waits=); tests put a scripted one there.
     Raises SweepError for what cannot be asked.
     """
 
@@ -118,7 +119,7 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
     alpha: float = 0.001
     effect: float = 0.01
     budget_s: float = 300.0
-    sample_us: float = 500.0
+    sample_us: float = 0.0
     launches: int = 3
     memory_limit_bytes: int = 0
     watch: str = "tuner.measure:Stopwatch"

@@ -28,7 +28,9 @@ UNITS_AT_LEAST = 2
 WARM_UP_CALLS, WARM_UP_US = 8, 4000.0
 """Untimed calls of either side before a pair, at most for so long. What ran less of late starts slower: the same code
 as head read +2 % in the first sample and +0.1 % from the eighth on, since base runs in every lane and head in one."""
-REPEATS = 16
+SAMPLE_US = {"cpu": 500.0, "cuda": 3000.0}
+"""Length of a sample: on a GPU the least extra work is a launch, and 1 % of a sample must hold a few of them."""
+REPEATS = {"cpu": 16, "cuda": 6}
 """Samples of one side in a pair; fewer, 2 at least, where a single call takes longer than a sample should."""
 
 
@@ -86,7 +88,8 @@ class Stand:
         some = self.lanes["aa"][0]
         self.calls = watch.calls_for(some, sample_us)
         once_us = self.sample(some)
-        self.repeats = min(REPEATS, max(2, round(REPEATS * sample_us / max(once_us * self.calls, 1e-3))))
+        most = REPEATS[sides["base"].device.type]
+        self.repeats = min(most, max(2, round(most * sample_us / max(once_us * self.calls, 1e-3))))
         self.warm_up_calls = min(WARM_UP_CALLS, max(1, round(WARM_UP_US / max(once_us, 1e-3))))
         for call in (call for pair in self.lanes.values() for call in pair):
             call.calls = self.calls
@@ -138,7 +141,7 @@ class Stand:
             base_us, other_us = self.pair("aa", base_first=turn % 2 == 0)
             self.shares.append((other_us / base_us - 1.0) / self.many)
         share = max(statistics.median(self.shares), 1e-6)
-        self.extra = {lane: round(wanted / share) for lane, wanted in INJECTED.items()}
+        self.extra = {lane: max(wanted > 0, round(wanted / share)) for lane, wanted in INJECTED.items()}
         self.injected = {lane: extra * share for lane, extra in self.extra.items()}
         for lane in INJECTED:
             self.lanes[lane][1].extra = self.extra[lane]

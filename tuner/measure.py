@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 import torch
 
+from nsa.problem import SelectionProblem
 from tuner.record import Sample
 
 FLUSH_BYTES = 256 * 2**20
@@ -26,10 +27,14 @@ Call = Callable[[], Any]
 
 
 class Stopwatch:
-    """Times calls on one device; ``cold`` flushes the cache before each call, outside the timed span."""
+    """Times calls on one device; ``cold`` flushes the cache before each call, outside the timed span.
 
-    def __init__(self, device: torch.device, *, cold: bool) -> None:
-        self.device = device
+    ``waits``: a cold call on a GPU begins when the flush has ended, so that the host's share is in the span whole; else
+    the call is queued behind the flush, which hides as much of the host as the flush happens to take.
+    """
+
+    def __init__(self, device: torch.device, *, cold: bool, waits: bool = False) -> None:
+        self.device, self.waits = device, waits
         self.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if cold else None
 
     def sample_us(self, call: Call, calls: int) -> float:
@@ -63,6 +68,8 @@ class Stopwatch:
         for _ in range(calls):
             self.flush.zero_()
             first, last = timing_event(), timing_event()
+            if self.waits:
+                torch.cuda.synchronize()
             first.record()
             call()
             last.record()
@@ -75,6 +82,11 @@ class Stopwatch:
         self.sample_us(call, 1)
         once = min(self.sample_us(call, 1) for _ in range(2))
         return max(1, min(1000, round(target_us / max(once, 0.1))))
+
+
+def watch_settings(problem: SelectionProblem) -> dict[str, bool]:
+    """How a problem is timed. The host belongs to an eager decode step; in longer calls and replays it runs ahead."""
+    return {"cold": problem.cache == "cold", "waits": problem.mode == "decode" and problem.execution == "eager"}
 
 
 def timing_event() -> torch.cuda.Event:

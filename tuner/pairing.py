@@ -19,8 +19,8 @@ import msgspec
 import torch
 
 from tuner.compare_record import INJECTED, Lane, Pair, Question, Scenario, Side
-from tuner.lanes import Stand, Watch
-from tuner.measure import THROTTLED_BELOW, sm_clock_reader
+from tuner.lanes import SAMPLE_US, Stand, Watch
+from tuner.measure import THROTTLED_BELOW, sm_clock_reader, watch_settings
 from tuner.sides import LoadedSide
 
 
@@ -78,13 +78,15 @@ class PairBench:
         make_watch: Callable[..., Watch] = getattr(importlib.import_module(module), name)
         self.about, self.clock, self.clocks = about, sm_clock_reader(device), list[int]()
         self.stands: dict[str, Stand] = {}
-        watches: dict[bool, Watch] = {}
+        watches: dict[tuple[bool, ...], Watch] = {}
+        sample_us = question.sample_us or SAMPLE_US[device.type]
         for scenario in trial.scenarios:
             about(f"{scenario.name}|head")  # base passed the same checks in a process of its own
-            cold = scenario.problem.cache == "cold"
-            watch = watches[cold] = watches.get(cold) or make_watch(device, cold=cold)
+            settings = watch_settings(scenario.problem)
+            key = tuple(settings.values())
+            watch = watches[key] = watches.get(key) or make_watch(device, **settings)
             kernel = trial.kernels.get(scenario.name)
-            stand = Stand(scenario, sides, watch, sample_us=question.sample_us, kernel=kernel)
+            stand = Stand(scenario, sides, watch, sample_us=sample_us, kernel=kernel)
             self.stands[scenario.name] = stand
 
     def prepared(self) -> dict[str, int]:

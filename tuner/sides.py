@@ -22,7 +22,7 @@ from nsa.paths.base import PathRun
 from nsa.problem import SelectionProblem
 from nsa.selection import Selection
 from nsa.trace import ParameterValue
-from tuner.attest import FellBack
+from tuner.attest import FellBack, start_profiler
 from tuner.bench import Bench, captured
 from tuner.compare_record import AUTO, Facts, Scenario, Side
 from tuner.inputs import Inputs
@@ -177,6 +177,8 @@ class SideBench(Bench):
             Trial(problem=scenario.problem, pattern=scenario.pattern, seed=0, device=trial.device),
             about, memory_limit_bytes,
         )  # fmt: skip
+        if self.device.type == "cuda":
+            start_profiler()
         self.scenario, self.loaded = scenario, LoadedSide(trial.tree, trial.side, self.device)
         self.paths = {name: side_path(self.loaded, name) for name in self.loaded.package.PATHS}
 
