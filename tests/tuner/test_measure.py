@@ -68,19 +68,22 @@ def test_a_sample_is_the_mean_of_its_calls(clock: Clock) -> None:
     assert Stopwatch(CPU, cold=False).sample_us(lambda: clock.spend(next(costs)), 3) == pytest.approx(30.0)
 
 
-def test_a_cold_sample_flushes_before_each_call_outside_the_timed_span(clock: Clock) -> None:
+def test_a_cold_sample_flushes_before_each_call_outside_the_timed_span(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     watch, steps = Stopwatch(CPU, cold=False), []
 
-    class Flush:
-        def zero_(self) -> None:
-            steps.append("flush")
-            clock.spend(1000.0)
+    def flush(read: object) -> None:
+        assert read is watch.flush
+        steps.append("flush")
+        clock.spend(1000.0)
 
     def call() -> None:
         steps.append("call")
         clock.spend(7.0)
 
-    watch.flush = Flush()  # type: ignore[assignment]
+    watch.flush = torch.zeros(1)
+    monkeypatch.setattr(measure.torch, "sum", flush)
     assert watch.sample_us(call, 3) == pytest.approx(7.0)
     assert steps == ["flush", "call"] * 3
 
