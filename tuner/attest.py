@@ -38,12 +38,6 @@ class Seen(msgspec.Struct, frozen=True):
     kernels: list[str]
 
 
-def start_profiler() -> None:
-    """Let the GPU's profiler set itself up. A process that captures a graph first never sees a kernel (torch 2.11)."""
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]):
-        torch.cuda.synchronize()
-
-
 def attest(call: Callable[[], Any], evidence: Evidence, *, cuda: bool) -> Attestation:
     """Run ``call`` once under a profiler and hold the evidence against what it saw. Raises FellBack."""
     call()  # loads modules and compiles, so that the profiled call shows one call's launches only

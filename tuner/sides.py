@@ -22,7 +22,7 @@ from nsa.paths.base import PathRun
 from nsa.problem import SelectionProblem
 from nsa.selection import Selection
 from nsa.trace import ParameterValue
-from tuner.attest import FellBack, start_profiler
+from tuner.attest import FellBack, attest, attest_replay
 from tuner.bench import Bench, captured
 from tuner.compare_record import AUTO, Facts, Scenario, Side
 from tuner.inputs import Inputs
@@ -114,13 +114,14 @@ class LoadedSide:
         scale = case.query.shape[-1] ** -0.5
         leaves = (case.query, case.key, case.value)
 
-        def forward() -> None:
+        def forward() -> Tensor:
             with torch.no_grad():
-                run(*leaves, selection, scale=scale, workspace=workspace, **parameters)
+                return run(*leaves, selection, scale=scale, workspace=workspace, **parameters)
 
-        def step() -> None:
+        def step() -> Tensor:
             out = run(*leaves, selection, scale=scale, workspace=workspace, **parameters)
             torch.autograd.grad(out, leaves, torch.ones_like(out))
+            return out.detach()
 
         call = step if scenario.problem.mode == "train" else forward
         return captured(call) if scenario.problem.execution == "graph" else call
@@ -177,8 +178,6 @@ class SideBench(Bench):
             Trial(problem=scenario.problem, pattern=scenario.pattern, seed=0, device=trial.device),
             about, memory_limit_bytes,
         )  # fmt: skip
-        if self.device.type == "cuda":
-            start_profiler()
         self.scenario, self.loaded = scenario, LoadedSide(trial.tree, trial.side, self.device)
         self.paths = {name: side_path(self.loaded, name) for name in self.loaded.package.PATHS}
 
@@ -196,10 +195,22 @@ class SideBench(Bench):
         chosen = self._chosen()
         candidate, status = Candidate(path=chosen.path, parameters=chosen.parameters), chosen.status
         found = self.assess(candidate, True)
-        if found.outcome == "ok":
+        if found.outcome == "ok" and scenario.problem.execution == "graph":
+            self._hold_replay(candidate)
+        elif found.outcome == "ok":
             self.paths[AUTO] = dispatched_path(self.loaded, chosen)
             found = self.assess(Candidate(path=AUTO), False)
         return facts_of(found, candidate, status)
+
+    def _hold_replay(self, chosen: Candidate) -> None:
+        """A dispatched call's replay launches the choice's kernels and is right. Called eagerly it is another problem,
+        for which the table may choose another path. Raises FellBack, WrongResult."""
+        assert self.checker is not None, "assess made it"
+        evidence = self.paths[chosen.path].evidence(self.trial.problem, self.device, chosen.parameters, self.lengths)
+        once = attest(self._call(chosen, self._workspace()), evidence, cuda=True)
+        call = self.loaded.call(self.scenario, self.inputs, AUTO, {})
+        attest_replay(call, set(once.gpu_kernels))
+        self.checker.oracle.compare(call(), "the replay of a dispatched call")
 
     def _chosen(self) -> Any:
         """What executed for this very call. Raises FellBack where that is not what the side's table chooses."""

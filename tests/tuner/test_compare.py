@@ -308,7 +308,7 @@ def test_real_workers_measure_with_the_scripted_clock_and_one_may_be_killed(
     repository: Repository, tmp_path: Path
 ) -> None:
     with open_trees(repository.first, repository.first, repository=repository.folder) as (base, head):
-        asked = question(base, head, launches=3)
+        asked = question(base, head, launches=3, budget_s=600.0)
         hire, hired = hire_for(asked), list[Any]()
 
         def counted() -> Any:
