@@ -37,6 +37,7 @@ PATHS: dict[str, SelectionPath] = {
         target=".dense:run",
         summary="all keys under the selection mask through SDPA, in query chunks",
         modes=("decode", "prefill", "train"),
+        operations=("selection", "compression", "window"),
         deterministic=True,
         tunables=dense.tunables,
         unsupported=dense.unsupported,

@@ -122,7 +122,9 @@ class SelectionPath(msgspec.Struct, frozen=True, kw_only=True):
         return function
 
     def defaults(self, problem: SelectionProblem, device: torch.device) -> dict[str, ParameterValue]:
-        """Every parameter at its default."""
+        """Every parameter at its default; none for a problem of another operation."""
+        if problem.operation not in self.operations:
+            return {}
         return {parameter.name: parameter.default for parameter in self.tunables(problem, device)}
 
     def unsupported_reason(self, problem: SelectionProblem, device: torch.device, parameters: Parameters) -> str | None:
