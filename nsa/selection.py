@@ -7,7 +7,7 @@ derived is kept: under CUDA-graph replay the indices change in place and a kept 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -274,6 +274,12 @@ class Selection:
         return float((union / chosen).mean())
 
 
+_LEFT_OUT = tuple(
+    field for field in fields(Selection) if field.default is not MISSING and field.name != "query_positions"
+)
+"""What a window or compressed selection leaves at its default."""
+
+
 class StructuredSelection(Selection):
     """A window or compressed selection: ``indices``, one range per row, are derived each time somebody asks."""
 
@@ -283,9 +289,11 @@ class StructuredSelection(Selection):
     def __init__(self, structure: Structure) -> None:
         for name, value in (
             *(("_structure", structure), ("block_size", 0)),
-            *(("context_length", structure.keys), ("overlap_hint", "high")),
+            ("context_length", structure.keys),
         ):
             object.__setattr__(self, name, value)
+        for field in _LEFT_OUT:
+            object.__setattr__(self, field.name, field.default)
 
     @property
     def structure(self) -> Structure:
