@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from .cache import BRANCHES, Branch, NSACache
-from .compression import Compression, MeanCompressor, MLPCompressor, compressed_attention, compressed_count
+from .compression import Compression, MeanCompressor, MLPCompressor, compressed_attention
 from .dispatch import selection_attention
 from .dispatch_table import DispatchTable, load_dispatch_table
 from .errors import ArgumentError
 from .flags import Flags, read_flags
+from .problem import compressed_count
 from .rotary import rotate, rotation
 from .scoring import check_block_sizes, choose_blocks
 from .selection import Selection, blocks_to_ranges_v1
@@ -217,7 +218,8 @@ class NSAAttention(nn.Module):
         first: int,
     ) -> Tensor:
         """The three branches of queries at positions ``first`` .., gated, added and projected: (B, S, dim)."""
-        config = self.config
+        config, table = self.config, self.dispatch_table
+        workspace = shared_workspace(query.device) if self.workspace is None else self.workspace
         compression = compressed_attention(
             query,
             compressed_key,
@@ -226,6 +228,8 @@ class NSAAttention(nn.Module):
             kernel_size=config.kernel_size,
             kernel_stride=config.kernel_stride,
             flash_attention=self.flags.flash_attention_compression,
+            workspace=workspace,
+            table=table,
         )
         selection = self._select(query, keys["selection"], values["selection"], compressed_key)
         window = window_attention(
@@ -234,6 +238,8 @@ class NSAAttention(nn.Module):
             values["window"],
             window=config.window_size,
             flash_attention=self.flags.flash_attention_window,
+            workspace=workspace,
+            table=table,
         )
         mixed = gates[..., 0:1] * compression + gates[..., 1:2] * selection + gates[..., 2:3] * window
         return cast(Tensor, self.output(mixed.flatten(2)))

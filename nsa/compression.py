@@ -6,21 +6,22 @@ given the raw tokens from i*d on yields exactly the tokens from i on. Which bloc
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Mapping
 from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .window import flash_attn_attention, flash_attn_reason, report, shared_attention
+from .dispatch import Strict, selection_attention
+from .dispatch_table import DispatchTable
+from .problem import compressed_count
+from .selection import Selection
+from .trace import ParameterValue, announce, executed
+from .workspace import Workspace
 
 Compression = Literal["mean", "mlp"]
-
-
-def compressed_count(tokens: int, kernel_size: int, kernel_stride: int) -> int:
-    """Compressed tokens that exist for a context of so many raw tokens."""
-    return max(0, (tokens - kernel_size) // kernel_stride + 1)
+FLASH_ATTENTION = "flash_attn_compressed"
 
 
 class MeanCompressor(nn.Module):
@@ -91,55 +92,38 @@ def compressed_attention(
     kernel_size: int,
     kernel_stride: int,
     scale: float | None = None,
-    flash_attention: bool = True,
+    flash_attention: bool | None = None,
+    path: str = "auto",
+    parameters: Mapping[str, ParameterValue] | None = None,
+    workspace: Workspace | None = None,
+    strict: Strict = False,
+    table: DispatchTable | None = None,
 ) -> Tensor:
     """Attention of the query at position t over compressed tokens i with i*d + l <= t + 1; zeros where there is none.
 
-    query (B, S, G, h, Dk) at positions ``first_position`` ..; compressed key (B, G, N, Dk), value (B, G, N, Dv) ->
-    (B, S, G, h, Dv). The d queries from i*d + l - 1 on read the same tokens 0 .. i, so they are folded into the heads
-    of one query i: plain causal attention of S/d queries, whose memory is linear in S on every route.
+    query (B, S, G, h, Dk) at positions ``first_position`` ..; compressed key (B, G, N, Dk), value (B, G, N, Dv), N at
+    least what exists -> (B, S, G, h, Dv). ``flash_attention``: True takes it wherever it can run, False never, None
+    leaves it to dispatch. The other arguments and errors are those of ``selection_attention``.
     """
     batch, queries, groups, heads, _ = query.shape
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    tokens = compressed_count(first_position + queries, kernel_size, kernel_stride)
-    if not tokens:
-        report("compression", "zeros", {"tokens": 0}, "no compressed token exists yet")
+    if not compressed_count(first_position + queries, kernel_size, kernel_stride):
+        announce("default", "no compressed token exists yet")
+        executed("compression", "zeros", {})
         return value.new_zeros(batch, queries, groups, heads, value.shape[-1])
-    empty = max(0, kernel_size - 1 - first_position)
-    first, front = divmod(first_position + empty + 1 - kernel_size, kernel_stride)
-    steps = tokens - first
-    reason = flash_attn_reason(query, value, flash_attention)
-    attend = partial(_attend, key=key[:, :, :tokens], value=value[:, :, :tokens], scale=scale, flash=reason is None)
-    if steps == 1:
-        out = attend(query[:, empty:].transpose(1, 2).flatten(2, 3)[:, :, None], causal=False)
-        out = torch.unflatten(out[:, :, 0], 2, (-1, heads)).transpose(1, 2)
-    else:
-        back = steps * kernel_stride - front - (queries - empty)
-        padded = F.pad(query[:, empty:], (0, 0, 0, 0, 0, 0, front, back))
-        out = _unfold(attend(_fold(padded, kernel_stride), causal=True), kernel_stride)
-        out = out[:, front : front + queries - empty]
-    route = "sdpa" if reason else "flash_attn"
-    report("compression", route, {"tokens": tokens}, reason or "allowed and able to run")
-    return F.pad(out, (0, 0, 0, 0, 0, 0, empty, 0)) if empty else out
-
-
-def _fold(query: Tensor, stride: int) -> Tensor:
-    """(B, n * stride, G, h, D) -> (B, G, h * stride, n, D): the queries of a stride become heads of one query."""
-    return torch.unflatten(query, 1, (-1, stride)).permute(0, 3, 4, 2, 1, 5).flatten(2, 3)
-
-
-def _unfold(out: Tensor, stride: int) -> Tensor:
-    """The inverse of ``_fold``."""
-    return torch.unflatten(out, 2, (-1, stride)).permute(0, 4, 3, 1, 2, 5).flatten(1, 2)
-
-
-def _attend(query: Tensor, *, key: Tensor, value: Tensor, scale: float, causal: bool, flash: bool) -> Tensor:
-    """query (B, G, heads, n, Dk) -> (B, G, heads, n, Dv). Causal: query j reads keys 0 .. N - n + j, else all N."""
-    count, keys = query.shape[3], key.shape[2]
-    if flash:
-        out = flash_attn_attention(query.permute(0, 3, 1, 2, 4), key, value, scale, causal=causal)
-        return out.permute(0, 2, 3, 1, 4)
-    if causal and count < keys:
-        mask = torch.ones(count, keys, dtype=torch.bool, device=query.device).tril(keys - count)
-        return shared_attention(query, key, value, scale, mask=mask)
-    return shared_attention(query, key, value, scale, causal=causal)
+    selection = Selection.compressed(
+        kernel_size, kernel_stride, rows=(batch, queries, groups), first_position=first_position, device=query.device
+    )
+    return selection_attention(
+        query,
+        key,
+        value,
+        selection,
+        path=path,
+        parameters=parameters,
+        scale=scale,
+        workspace=workspace,
+        strict=strict,
+        table=table,
+        prefer=FLASH_ATTENTION if flash_attention else "",
+        avoid=FLASH_ATTENTION if flash_attention is False else "",
+    )

@@ -1,4 +1,4 @@
-"""selection_attention: run selection by the path that was asked for, or by the one the dispatch table chose.
+"""selection_attention: run one of the three operations by the path that was asked for, or by the table's choice.
 
 A named path never falls back. ``path="auto"`` takes the table's choice; where that cannot run on this very call it goes
 down a fixed chain, and every step is recorded, counted and warned about once. What a call needs to know is resolved
@@ -23,12 +23,16 @@ from .dispatch_table import MAX_REMEMBERED, Choice, DispatchTable, load_dispatch
 from .errors import ArgumentError, DispatchTableError, StrictDispatchError, UnsupportedPathError
 from .paths import PATHS, Candidate
 from .paths.base import PathRun
-from .problem import DTYPE_NAMES, CacheState, SelectionProblem
+from .problem import DTYPE_NAMES, CacheState, Operation, SelectionProblem
 from .selection import Selection
 from .trace import ParameterValue, announce
 from .workspace import Workspace
 
-CHAIN = ("varlen", "dense", "packed")
+CHAINS: dict[Operation, tuple[str, ...]] = {
+    "selection": ("varlen", "dense", "packed"),
+    "window": ("sdpa_window",),
+    "compression": ("sdpa_compressed",),
+}
 """Where the choice and its tied set cannot run."""
 
 DEPLOYED_CACHE: dict[str, CacheState] = {"cpu": "hot", "cuda": "cold"}
@@ -103,15 +107,19 @@ def selection_attention(
     strict: Strict = False,
     table: DispatchTable | None = None,
     overrides: Overrides | None = None,
+    prefer: str = "",
+    avoid: str = "",
 ) -> Tensor:
     """Attention of each row over the union of its selected keys; shapes as in ``nsa.problem``.
 
     query (B, S, G, h, Dk), key (B, G, T, Dk), value (B, G, T, Dv), any strides -> (B, S, G, h, Dv) in value's dtype.
+    ``selection``: also a window or compressed one, which ``window_attention`` and ``compressed_attention`` make.
     ``path``: a key of PATHS, or "auto". ``parameters``: of a named path; those left out take their defaults.
     ``scale``: None = Dk**-0.5. ``workspace``: buffers to reuse between calls that need no gradients.
     ``strict``: True makes every choice but an exact, bucket or forced one an error; "stale-ok" accepts stale ones too.
     ``table``: instead of the one in force. ``overrides``: path -> parameters that "auto" sets where it takes that path,
-    such as reserves. A row that selects nothing gives zeros.
+    such as reserves. ``prefer``: a path that "auto" takes before the table's choice wherever it can run; ``avoid``: one
+    that it never takes. A row that selects nothing gives zeros.
 
     Raises ArgumentError (shapes, dtypes, devices), UnsupportedPathError (a named path, or the whole chain, cannot
     run), StrictDispatchError, ReserveError.
@@ -119,7 +127,7 @@ def selection_attention(
     forced = path != "auto"
     capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
     grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    indices, length = selection.indices, selection.context_length
+    length = selection.context_length
     if isinstance(length, int) and key.dim() == value.dim() == 4 and length < key.shape[2]:
         key, value = key[:, :, :length], value[:, :, :length]
     if isinstance(length, Tensor) and length.device.type == "cpu" and bool((length > key.shape[-2]).any()):
@@ -127,15 +135,15 @@ def selection_attention(
     chosen_table = None if forced else table or active_dispatch_table(query.device.type)
     plans: dict[Any, tuple[Attempt, ...]] = _forced_plans if chosen_table is None else chosen_table.plans  # type: ignore[attr-defined]
     call = (
-        *(query.shape, key.shape, value.shape, indices.shape, selection.block_size, selection.overlap_hint),
-        *(query.dtype, key.dtype, value.dtype, query.device, key.device, value.device, indices.device),
+        *(query.shape, key.shape, value.shape, selection.signature, prefer, avoid),
+        *(query.dtype, key.dtype, value.dtype, query.device, key.device, value.device),
         *(grad, capturing, strict, length if isinstance(length, int) else -1),
         *(path, tuple(parameters.items()) if parameters else None, repr(overrides) if overrides else None),
     )
     plan = plans.get(call)
     if plan is None:
         problem = call_problem(query, key, value, selection, grad=grad, capturing=capturing)
-        plan = _plan(problem, query.device, path, parameters, strict, chosen_table, overrides or {})
+        plan = _plan(problem, query.device, path, parameters, strict, chosen_table, overrides or {}, prefer, avoid)
         if len(plans) >= MAX_REMEMBERED:
             plans.clear()
         plans[call] = plan
@@ -197,6 +205,8 @@ def _plan(
     strict: Strict,
     table: DispatchTable | None,
     overrides: Overrides,
+    prefer: str,
+    avoid: str,
 ) -> tuple[Attempt, ...]:
     if table is None:
         return (_forced(problem, device, path, parameters),)
@@ -205,14 +215,40 @@ def _plan(
     here = device_identity(device.type)
     if table.device.slug != here.slug:
         raise DispatchTableError(f"the dispatch table is for {table.device.slug}, the call is on {here.slug}")
+    wanted, steps = _preferred(problem, device, prefer) if prefer else (None, ())
+    if wanted:
+        return (wanted,)
     choice = table.lookup(problem)
+    if avoid:
+        choice = _without(problem, device, choice, avoid)
     accepted = {"exact", "bucket"} | ({"stale"} if strict == "stale-ok" else set())
     if strict and choice.status not in accepted:
         raise StrictDispatchError(
             f"strict dispatch: the choice {choice.path} is {choice.status!r} ({choice.reason}); expected one of "
             f"{sorted(accepted)}; measure this problem with 'nsa-tune sweep'"
         )
-    return _chain(problem, device, choice, bool(strict), overrides)
+    return _chain(problem, device, choice, bool(strict), overrides, steps)
+
+
+def _preferred(problem: SelectionProblem, device: torch.device, path: str) -> tuple[Attempt | None, tuple[str, ...]]:
+    """The preferred path, or the step that it cannot run."""
+    try:
+        return _forced(problem, device, path, None), ()
+    except UnsupportedPathError as error:
+        return None, (f"{path}: {error}",)
+
+
+def _without(problem: SelectionProblem, device: torch.device, choice: Choice, avoid: str) -> Choice:
+    """The choice where ``avoid`` is disallowed: itself, else the first tied that is another path, else the default."""
+    reason = f"{avoid} is disallowed; {choice.reason}"
+    tied = tuple(candidate for candidate in choice.tied if candidate.path != avoid)
+    changes: dict[str, Any] = {"reason": reason, "tied": tied}
+    if choice.path == avoid:
+        names = CHAINS[problem.operation]
+        rest = (Candidate(path=name, parameters=PATHS[name].defaults(problem, device)) for name in names)
+        other = next(candidate for candidate in (*tied, *rest) if candidate.path != avoid)
+        changes |= {"path": other.path, "parameters": other.parameters, "status": "default"}
+    return msgspec.structs.replace(choice, **changes)
 
 
 def _forced(
@@ -233,12 +269,17 @@ def _forced(
 
 
 def _chain(
-    problem: SelectionProblem, device: torch.device, choice: Choice, strict: bool, overrides: Overrides
+    problem: SelectionProblem,
+    device: torch.device,
+    choice: Choice,
+    strict: bool,
+    overrides: Overrides,
+    steps: tuple[str, ...],
 ) -> tuple[Attempt, ...]:
     first = Candidate(path=choice.path, parameters=choice.parameters)
-    rest = (Candidate(path=name, parameters=PATHS[name].defaults(problem, device)) for name in CHAIN)
+    chain = CHAINS[problem.operation]
+    rest = (Candidate(path=name, parameters=PATHS[name].defaults(problem, device)) for name in chain)
     attempts: list[Attempt] = []
-    steps: tuple[str, ...] = ()
     for wanted in (first,) if strict else (first, *choice.tied, *rest):
         known = PATHS[wanted.path]
         parameters = {**wanted.parameters, **overrides.get(wanted.path, {})}
@@ -247,7 +288,8 @@ def _chain(
         if reason is not None:
             steps = tuple(dict.fromkeys((*steps, f"{candidate.path}: unsupported: {reason}")))
             continue
-        status, why = (choice.status, choice.reason) if wanted is first else ("default", "; ".join(steps))
+        status, why = ("default", "; ".join(steps)) if wanted is not first else (choice.status, choice.reason)
+        why = "; ".join((*steps, why)) if wanted is first else why
         attempts.append(Attempt(candidate=candidate, function=known.function(), status=status, reason=why, steps=steps))
     if not attempts:
         raise UnsupportedPathError("; ".join(steps))
@@ -266,7 +308,7 @@ def call_problem(
     batch, queries, groups, heads, width = query.shape
     keys = key.shape[2]
     expected = ((batch, groups, keys, width), (batch, groups, keys, value.shape[3]), (batch, queries, groups))
-    got = (tuple(key.shape), tuple(value.shape), tuple(selection.indices.shape[:3]))
+    got = (tuple(key.shape), tuple(value.shape), selection.rows)
     for name, want, have in zip(("key", "value", "selection rows"), expected, got, strict=True):
         if want != have:
             raise ArgumentError(f"{name} has shape {have}, expected {want} from query {tuple(query.shape)}")
@@ -274,22 +316,17 @@ def call_problem(
         raise ArgumentError(
             f"query, key and value must share one of {list(DTYPE_NAMES)}; got {query.dtype}, {key.dtype}, {value.dtype}"
         )
-    devices = {query.device, key.device, value.device, selection.indices.device}
+    devices = {query.device, key.device, value.device, selection.device}
     if len(devices) > 1:
         raise ArgumentError(f"query, key, value and selection are on {sorted(map(str, devices))}; move them to one")
     length = selection.context_length
     if isinstance(length, int) and length > keys:
         raise ArgumentError(f"the selection's context_length {length} exceeds the {keys} keys that were passed")
-    return SelectionProblem(
-        mode="train" if grad else "decode" if queries == 1 else "prefill",
-        dtype=DTYPE_NAMES[query.dtype],
+    fields: dict[str, Any] = {
+        "mode": "train" if grad else "decode" if queries == 1 else "prefill",
+        "dtype": DTYPE_NAMES[query.dtype],
         **dict(zip(("B", "S", "G", "h", "Dk"), (batch, queries, groups, heads, width), strict=True)),
-        T=keys,
-        Dv=value.shape[3],
-        block_size=selection.block_size,
-        topk=selection.indices.shape[3],
-        form=selection.form,
-        overlap=selection.overlap_hint,
-        execution="graph" if capturing else "eager",
-        cache=DEPLOYED_CACHE[query.device.type],
-    )
+        **{"T": keys, "Dv": value.shape[3], "cache": DEPLOYED_CACHE[query.device.type]},
+        "execution": "graph" if capturing else "eager",
+    }
+    return SelectionProblem(**{**fields, **selection.problem_fields})

@@ -1,7 +1,8 @@
 """DispatchTable: measured picks with their evidence, read strictly, looked up without files, tensors or waiting.
 
-A table is JSON: ``{version, device, software, entries}``. Unknown fields, paths and parameters are refused with the
-JSON path of the fault. It decides nothing at run time but which candidate a problem gets; ``nsa.dispatch`` runs it.
+A table is JSON: ``{version, device, software, entries}``; an entry is of one of three operations. Unknown fields, paths
+and parameters are refused with the JSON path of the fault. It decides nothing at run time but which candidate a problem
+gets; ``nsa.dispatch`` runs it.
 """
 
 from __future__ import annotations
@@ -18,24 +19,46 @@ from .device import DeviceIdentity, SoftwareIdentity, device_identity, software_
 from .errors import DispatchTableError
 from .flags import read_flags
 from .paths import PATHS, Candidate
-from .problem import SelectionProblem
+from .problem import Mode, Operation, SelectionProblem
 from .trace import ParameterValue
 
-VERSION = 1
+VERSION = 2
+READ_VERSIONS = (1, 2)
+"""Version 1 knew selection alone; its entries lack the newer fields and read as their defaults."""
 MAX_TABLE_BYTES = 16 * 2**20
 MAX_REMEMBERED = 2**16
 PACKAGED = Path(__file__).parent / "dispatch_tables"
 
+Level = Literal["branch", "layer"]
 Status = Literal["exact", "bucket", "interpolated", "extrapolated", "stale", "default", "forced"]
 
-DEFAULT_PATHS = {
-    ("cpu", "decode"): "gather",
-    ("cpu", "prefill"): "dense",
-    ("cpu", "train"): "dense",
-    ("cuda", "decode"): "varlen",
-    ("cuda", "prefill"): "varlen",
-    ("cuda", "train"): "varlen",
+DEFAULT_PATHS: dict[Operation, dict[tuple[str, Mode], tuple[str, ...]]] = {
+    "selection": {
+        ("cpu", "decode"): ("gather",),
+        ("cpu", "prefill"): ("dense",),
+        ("cpu", "train"): ("dense",),
+        ("cuda", "decode"): ("varlen",),
+        ("cuda", "prefill"): ("varlen",),
+        ("cuda", "train"): ("varlen",),
+    },
+    "window": {
+        ("cpu", "decode"): ("sdpa_window",),
+        ("cpu", "prefill"): ("sdpa_window",),
+        ("cpu", "train"): ("sdpa_window",),
+        ("cuda", "decode"): ("flash_attn_window", "sdpa_window"),
+        ("cuda", "prefill"): ("flash_attn_window", "sdpa_window"),
+        ("cuda", "train"): ("flash_attn_window", "sdpa_window"),
+    },
+    "compression": {
+        ("cpu", "decode"): ("sdpa_compressed",),
+        ("cpu", "prefill"): ("sdpa_compressed",),
+        ("cpu", "train"): ("sdpa_compressed",),
+        ("cuda", "decode"): ("flash_attn_compressed", "sdpa_compressed"),
+        ("cuda", "prefill"): ("flash_attn_compressed", "sdpa_compressed"),
+        ("cuda", "train"): ("flash_attn_compressed", "sdpa_compressed"),
+    },
 }
+"""Where nothing was measured: of these the first that can run the problem, the last one always can."""
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,11 +78,15 @@ class DispatchEntry(SelectionProblem, frozen=True, kw_only=True, forbid_unknown_
 
     ``ratio`` is time of the pick over time of the default, of the default over the runner-up where the default won;
     below 1 is faster. None where there was nothing to compare with. ``pattern`` names the selections measured on.
+    ``default``: what the default was then, None in tables of version 1. ``level``: what was timed, the branch alone or
+    the layer around it.
     """
 
     path: str
     parameters: dict[str, ParameterValue]
     pattern: str = "scored"
+    level: Level = "branch"
+    default: Candidate | None = None
     pairs: int = 0
     ratio: float | None = None
     ratio_low: float | None = None
@@ -78,12 +105,14 @@ class DispatchEntry(SelectionProblem, frozen=True, kw_only=True, forbid_unknown_
     def __post_init__(self) -> None:
         super().__post_init__()
         named = [(self.path, self.parameters), *((other.path, other.parameters) for other in self.tied)]
-        named += [(self.runner_up.path, self.runner_up.parameters)] if self.runner_up else []
+        named += [(other.path, other.parameters) for other in (self.runner_up, self.default) if other]
         for name, parameters in named:
             path = PATHS.get(name)
             if path is None or not path.dispatchable:
                 names = sorted(known.name for known in PATHS.values() if known.dispatchable)
                 raise DispatchTableError(f"unknown path {name!r}; this version has {names}")
+            if self.operation not in path.operations:
+                raise DispatchTableError(f"path {name!r} is no path of {self.operation}")
             items = [item for kind in ("cpu", "cuda") for item in path_tunables(name, self.problem(), kind)]
             unknown = set(parameters) - {item.name for item in items}
             if unknown:
@@ -118,8 +147,9 @@ class DispatchTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     version: int = VERSION
 
     def __post_init__(self) -> None:
-        if self.version != VERSION:
-            raise DispatchTableError(f"dispatch table version {self.version}, this nsa reads version {VERSION}")
+        if self.version not in READ_VERSIONS:
+            raise DispatchTableError(f"dispatch table version {self.version}, this nsa reads {list(READ_VERSIONS)}")
+        msgspec.structs.force_setattr(self, "version", VERSION)
         state = self.__dict__
         state["tier"] = "argument"
         state["choices"] = {}
@@ -212,10 +242,15 @@ class DispatchTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 def default_candidate(problem: SelectionProblem, kind: str) -> Candidate:
-    """The literal default of a device kind and mode, at its default parameters, reserves left to the caller."""
-    path = DEFAULT_PATHS[kind, problem.mode]
-    items = PATHS[path].tunables(problem, torch.device(kind))
-    return Candidate(path=path, parameters={item.name: item.default for item in items if not item.reserve})
+    """The literal default of an operation, device kind and mode, at its default parameters, reserves left out."""
+    device = torch.device(kind)
+    names = DEFAULT_PATHS[problem.operation][kind, problem.mode]
+    for name in names:
+        items = PATHS[name].tunables(problem, device)
+        candidate = Candidate(path=name, parameters={item.name: item.default for item in items if not item.reserve})
+        if name == names[-1] or PATHS[name].unsupported_reason(problem, device, candidate.parameters) is None:
+            break
+    return candidate
 
 
 def _family(problem: SelectionProblem) -> tuple[Any, ...]:
@@ -225,6 +260,7 @@ def _family(problem: SelectionProblem) -> tuple[Any, ...]:
     return (
         *(p.mode, p.dtype, queries, p.G, p.h, p.Dk, p.Dv),
         *(p.block_size, p.topk, p.form, p.overlap, p.execution, p.cache),
+        *(p.operation, p.window, p.kernel_size, p.kernel_stride),
     )
 
 

@@ -22,9 +22,9 @@ FLAGS: dict[str, tuple[type, str]] = {
     "NSA_VARLEN_RESERVE_K": (int, "gathered keys that varlen's workspace has room for"),
     "NSA_SEL_PACK_RESERVE_N": (int, "rows that packed's workspace has room for"),
     "NSA_SEL_PACK_RESERVE_L": (int, "keys per row that packed's workspace has room for"),
-    "NSA_USE_FA2": (bool, "0 disallows FlashAttention, 1 allows it where it can run; for _CMP and _WIN if unset"),
-    "NSA_USE_FA2_CMP": (bool, "the same for the compression branch alone"),
-    "NSA_USE_FA2_WIN": (bool, "the same for the window branch alone"),
+    "NSA_USE_FA2": (bool, "0 disallows FlashAttention; for _CMP and _WIN if unset"),
+    "NSA_USE_FA2_CMP": (bool, "compression branch: 1 takes FlashAttention wherever it can run, 0 never"),
+    "NSA_USE_FA2_WIN": (bool, "window branch: 1 takes FlashAttention wherever it can run, 0 never"),
     "NSA_SEL_RANGES_V2": (bool, "1 derives ranges from blocks vectorised, 0 by the readable loop (slow)"),
     "NSA_PREFILL_BATCHED": (bool, "1 prefills in one call, 0 token by token"),
     "NSA_DISPATCH_TABLE": (str, "file of the dispatch table to use"),
@@ -47,15 +47,16 @@ class Flags(msgspec.Struct, frozen=True, kw_only=True):
     """What the environment asks for; the defaults are those of an empty one.
 
     ``path``: selection path forced in every mode, None = dispatch. ``reserves``: path -> parameters, for the forced
-    path, or with none forced for whichever of them dispatch takes. ``flash_attention*``: allowed where it can run.
+    path, or with none forced for whichever of them dispatch takes. ``flash_attention``: allowed to selection's paths;
+    ``flash_attention_*``: True = taken wherever it can run, False = never, None = dispatch decides.
     ``overridden``: flags that were given and lost to another. ``given``: every NSA_ variable as it stood.
     """
 
     path: str | None = None
     reserves: dict[str, dict[str, int]] = {}
     flash_attention: bool = True
-    flash_attention_compression: bool = True
-    flash_attention_window: bool = True
+    flash_attention_compression: bool | None = None
+    flash_attention_window: bool | None = None
     ranges_v2: bool = True
     batched_prefill: bool = True
     dispatch_table: str | None = None
@@ -75,19 +76,23 @@ def read_flags(environ: Mapping[str, str] | None = None) -> Flags:
     values = {name: _parse(name, text) for name, text in given.items()}
     _refuse_contradictions(values)
     path = next((path for flag, path in FORCING.items() if values.get(flag)), None)
-    flash = bool(values.get("NSA_USE_FA2", True))
+    flash = _switch(values, "NSA_USE_FA2")
     return Flags(
         path=path,
         reserves=_reserves(values, path),
-        flash_attention=flash,
-        flash_attention_compression=bool(values.get("NSA_USE_FA2_CMP", flash)),
-        flash_attention_window=bool(values.get("NSA_USE_FA2_WIN", flash)),
+        flash_attention=flash is not False,
+        flash_attention_compression=_switch(values, "NSA_USE_FA2_CMP", flash),
+        flash_attention_window=_switch(values, "NSA_USE_FA2_WIN", flash),
         ranges_v2=bool(values.get("NSA_SEL_RANGES_V2", True)),
         batched_prefill=bool(values.get("NSA_PREFILL_BATCHED", True)),
         dispatch_table=given.get("NSA_DISPATCH_TABLE"),
         overridden=tuple(flag for flag, value in values.items() if path and _loses(flag, value, path)),
         given=given,
     )
+
+
+def _switch(values: Mapping[str, bool | int | str], name: str, default: bool | None = None) -> bool | None:
+    return bool(values[name]) if name in values else default
 
 
 def _parse(name: str, text: str) -> bool | int | str:

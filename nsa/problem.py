@@ -1,4 +1,4 @@
-"""Leaf. SelectionProblem: what identifies a selection launch, and the table of symbols.
+"""Leaf. SelectionProblem: what identifies a launch of one of the three operations, and the table of symbols.
 
     B   batch                                       Dk, Dv      head dims of key and value
     S   query tokens of this call (1 in decode)     block_size  selection block l'
@@ -6,7 +6,8 @@
     G   key/value heads (groups)                    row         one (b, s, g): h query heads, one key set
     h   query heads per group                       R           number of rows, B * S * G
 
-Query (B, S, G, h, Dk); key (B, G, T, Dk); value (B, G, T, Dv); output (B, S, G, h, Dv).
+Query (B, S, G, h, Dk); key (B, G, T, Dk); value (B, G, T, Dv); output (B, S, G, h, Dv). Compressed keys and values are
+(B, G, N, D): token i stands for the raw keys [i*d, i*d + l), l = kernel_size, d = kernel_stride.
 It holds no tensors and says nothing about which path runs it.
 """
 
@@ -19,6 +20,7 @@ import torch
 
 from .errors import ArgumentError
 
+Operation = Literal["selection", "compression", "window"]
 Mode = Literal["decode", "prefill", "train"]
 DType = Literal["float64", "float32", "bfloat16", "float16"]
 Form = Literal["blocks", "ranges"]
@@ -40,9 +42,16 @@ DTYPE_NAMES: dict[torch.dtype, DType] = {
 }
 
 
-class SelectionProblem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything by which two selection launches may prefer different paths.
+def compressed_count(tokens: int, kernel_size: int, kernel_stride: int) -> int:
+    """N: compressed tokens that exist for a context of so many raw tokens."""
+    return max(0, (tokens - kernel_size) // kernel_stride + 1)
 
+
+class SelectionProblem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything by which two launches may prefer different paths.
+
+    ``operation``: ``selection`` reads blocks or ranges; ``window`` one range of the last ``window`` keys per row;
+    ``compression`` one range of the compressed tokens that exist for the row, of ``T`` raw tokens.
     ``mode``: ``decode`` (S = 1), ``prefill`` (S > 1 without grad; S < T is a later chunk), ``train`` (with grad).
     ``form``: ``ranges`` has ``block_size`` 0 and ``topk`` ranges per row.
     ``overlap``: ``high`` where neighbouring rows agree (see ``Selection.overlap``).
@@ -65,6 +74,10 @@ class SelectionProblem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     overlap: Overlap = "high"
     execution: Execution = "eager"
     cache: CacheState = "hot"
+    operation: Operation = "selection"
+    window: int = 0
+    kernel_size: int = 0
+    kernel_stride: int = 0
 
     def __post_init__(self) -> None:
         sizes = (self.B, self.S, self.T, self.G, self.h, self.Dk, self.Dv, self.topk)
@@ -74,6 +87,15 @@ class SelectionProblem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             raise ArgumentError(f"block_size {self.block_size} does not go with form {self.form!r}: ranges have 0")
         if self.mode == "decode" and self.S != 1:
             raise ArgumentError(f"decode has one query token, got S={self.S}; use mode 'prefill'")
+        self._check_operation()
+
+    def _check_operation(self) -> None:
+        sizes = (self.window, self.kernel_size, self.kernel_stride)
+        own = (self.operation == "window", self.operation == "compression", self.operation == "compression")
+        if min(sizes) < 0 or tuple(size > 0 for size in sizes) != own:
+            raise ArgumentError(f"window, kernel_size and kernel_stride {sizes} do not go with {self.operation!r}")
+        if self.operation != "selection" and (self.form, self.topk) != ("ranges", 1):
+            raise ArgumentError(f"{self.operation!r} reads one range per row, got {self.topk} {self.form}")
 
     @property
     def rows(self) -> int:
@@ -83,7 +105,14 @@ class SelectionProblem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     @property
     def row_width(self) -> int:
         """Upper bound of the distinct keys of one row, known without looking at the selection."""
-        return min(self.T, self.topk * self.block_size) if self.form == "blocks" else self.T
+        if self.operation == "window":
+            return min(self.T, self.window)
+        return min(self.T, self.topk * self.block_size) if self.form == "blocks" else self.keys
+
+    @property
+    def keys(self) -> int:
+        """Keys that are passed: T, or the compressed tokens of a context of T."""
+        return compressed_count(self.T, self.kernel_size, self.kernel_stride) if self.kernel_stride else self.T
 
     @property
     def item_bytes(self) -> int:

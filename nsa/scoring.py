@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .compression import compressed_count
 from .errors import ArgumentError
+from .problem import compressed_count
 from .rows import row_chunks
 
 CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}

@@ -1,4 +1,4 @@
-"""Leaf. Selection: which keys each row reads, given as blocks or as ranges.
+"""Leaf. Selection: which keys each row reads, given as blocks, as ranges, or as a window or compression in integers.
 
 A row is one (b, s, g). It sees the keys below its *limit*, min(context length, query position + 1). Everything here
 is vectorised and free of host synchronisation except ``blocks_to_ranges_v1``, the readable twin of ``_v2``. Nothing
@@ -7,18 +7,45 @@ derived is kept: under CUDA-graph replay the indices change in place and a kept 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .errors import ArgumentError, UnsupportedSelection
+from .problem import Operation, compressed_count
+
+
+class Structure(NamedTuple):
+    """What the window and the compressed branch read, in host integers: one range per row that follows from them.
+
+    ``rows``: (B, S, G). ``first_position``: of the first query, in raw tokens; the queries follow one another.
+    """
+
+    operation: Operation
+    rows: tuple[int, int, int]
+    first_position: int
+    device: torch.device
+    window: int = 0
+    kernel_size: int = 0
+    kernel_stride: int = 0
+
+    @property
+    def context(self) -> int:
+        """Raw tokens up to the last query."""
+        return self.first_position + self.rows[1]
+
+    @property
+    def keys(self) -> int:
+        """Keys that are read from: the raw tokens, or the compressed ones that exist."""
+        size, stride = self.kernel_size, self.kernel_stride
+        return compressed_count(self.context, size, stride) if stride else self.context
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Selection:
-    """Make it with ``from_blocks`` or ``from_ranges``; the fields are what the caller passed.
+    """Make it with ``from_blocks``, ``from_ranges``, ``window`` or ``compressed``; fields are what the caller passed.
 
     ``indices``: (B, S, G, n) block indices, -1 = none, or (B, S, G, n, 2) half-open ranges.
     ``block_size``: keys per block, 0 for ranges. ``context_length``: int or (B,), keys that exist.
@@ -96,6 +123,69 @@ class Selection:
                 f"{queries} queries cannot be the last of a context of {context_length} keys; pass query_positions"
             )
         return cls(indices, block_size, context_length, query_positions, overlap)
+
+    @staticmethod
+    def window(size: int, *, rows: tuple[int, int, int], context_length: int, device: torch.device) -> Selection:
+        """Each query reads its own key and the ``size`` - 1 before; ``rows`` (B, S, G), the last S of the context."""
+        if size < 1:
+            raise ArgumentError(f"window is {size}, expected at least 1")
+        if not rows[1] <= context_length:
+            raise ArgumentError(f"{rows[1]} queries cannot be the last of a context of {context_length} keys")
+        return StructuredSelection(Structure("window", rows, context_length - rows[1], device, window=size))
+
+    @staticmethod
+    def compressed(
+        kernel_size: int, kernel_stride: int, *, rows: tuple[int, int, int], first_position: int, device: torch.device
+    ) -> Selection:
+        """The query at raw position t reads the compressed tokens i with i * kernel_stride + kernel_size <= t + 1.
+
+        ``rows`` (B, S, G) at positions ``first_position`` .. Raises ArgumentError where no compressed token exists.
+        """
+        structure = Structure(
+            "compression", rows, first_position, device, kernel_size=kernel_size, kernel_stride=kernel_stride
+        )
+        if kernel_stride < 1 or kernel_size < 1 or kernel_size % kernel_stride:
+            raise ArgumentError(f"kernel_size {kernel_size} is no positive multiple of kernel_stride {kernel_stride}")
+        if first_position < 0 or structure.keys < 1:
+            raise ArgumentError(f"no compressed token exists for positions {first_position} .. {structure.context - 1}")
+        return StructuredSelection(structure)
+
+    @property
+    def structure(self) -> Structure | None:
+        """The integers of a window or compressed selection, else None."""
+        return None
+
+    @property
+    def operation(self) -> Operation:
+        """``window`` or ``compression`` where it was made so."""
+        return "selection" if self.structure is None else self.structure.operation
+
+    def structured(self, operation: Operation) -> Structure:
+        """The structure of that operation. Raises UnsupportedSelection for any other selection."""
+        if self.structure is None or self.structure.operation != operation:
+            raise UnsupportedSelection(f"no selection of {operation}; make it with Selection.window or .compressed")
+        return self.structure
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """(B, S, G)."""
+        return tuple(self.indices.shape[:3])
+
+    @property
+    def device(self) -> torch.device:
+        """Of what the caller passed."""
+        return self.indices.device
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """All that dispatch distinguishes selections by."""
+        return self.indices.shape, self.block_size, self.overlap_hint, self.indices.device
+
+    @property
+    def problem_fields(self) -> dict[str, Any]:
+        """What a dispatch problem takes from a selection."""
+        topk = self.indices.shape[3]
+        return {"block_size": self.block_size, "topk": topk, "form": self.form, "overlap": self.overlap_hint}
 
     @property
     def form(self) -> Literal["blocks", "ranges"]:
@@ -182,6 +272,82 @@ class Selection:
         union = (fresh & (ordered >= 0)).sum(-1)
         chosen = (windows >= 0).sum(-1).clamp_min(1)
         return float((union / chosen).mean())
+
+
+_LEFT_OUT = tuple(
+    field for field in fields(Selection) if field.default is not MISSING and field.name != "query_positions"
+)
+"""What a window or compressed selection leaves at its default."""
+
+
+class StructuredSelection(Selection):
+    """A window or compressed selection: ``indices``, one range per row, are derived each time somebody asks."""
+
+    __slots__ = ("_structure",)
+    _structure: Structure
+
+    def __init__(self, structure: Structure) -> None:
+        for name, value in (
+            *(("_structure", structure), ("block_size", 0)),
+            ("context_length", structure.keys),
+        ):
+            object.__setattr__(self, name, value)
+        for field in _LEFT_OUT:
+            object.__setattr__(self, field.name, field.default)
+
+    @property
+    def structure(self) -> Structure:
+        """Its integers."""
+        return self._structure
+
+    @property
+    def indices(self) -> Tensor:
+        """Ranges (B, S, G, 1, 2), int64."""
+        given = self._structure
+        if given.operation == "window":
+            end = self._steps() + 1
+            start = (end - given.window).clamp_min(0)
+        else:
+            end = self.query_positions + 1
+            start = torch.zeros_like(end)
+        batch, queries, groups = given.rows
+        return torch.stack((start, end), -1)[None, :, None, None].expand(batch, queries, groups, 1, 2)
+
+    @property
+    def query_positions(self) -> Tensor:
+        """Of each query among the keys, (S,) int64; of a compressed selection the last token that exists, or -1."""
+        given, steps = self._structure, self._steps()
+        if given.operation == "window":
+            return steps
+        exist = torch.div(steps + 1 - given.kernel_size, given.kernel_stride, rounding_mode="floor") + 1
+        return exist.clamp_min(0) - 1
+
+    def _steps(self) -> Tensor:
+        given = self._structure
+        return torch.arange(given.first_position, given.context, device=given.device)
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """(B, S, G)."""
+        return self._structure.rows
+
+    @property
+    def device(self) -> torch.device:
+        """Of the tensors that are derived."""
+        return self._structure.device
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """All that dispatch distinguishes selections by."""
+        return self._structure
+
+    @property
+    def problem_fields(self) -> dict[str, Any]:
+        """What a dispatch problem takes from a selection; T is counted in raw tokens."""
+        given = self._structure
+        fixed = {"block_size": 0, "topk": 1, "form": "ranges", "overlap": "high", "T": given.context}
+        sizes = {"window": given.window, "kernel_size": given.kernel_size, "kernel_stride": given.kernel_stride}
+        return {**fixed, **sizes, "operation": given.operation}
 
 
 def blocks_to_ranges_v1(blocks: Tensor, block_size: int, limits: Tensor) -> Tensor:

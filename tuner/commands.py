@@ -16,7 +16,7 @@ from nsa.dispatch import DEPLOYED_CACHE
 from nsa.dispatch_table import DispatchTable, load_dispatch_table, read_dispatch_table, user_table_path
 from nsa.errors import DispatchTableError, FlagError
 from nsa.paths import SelectionPath
-from nsa.problem import DType, Mode, SelectionProblem
+from nsa.problem import DType, Mode, Operation, SelectionProblem
 from tuner import report
 from tuner.ledger import size_of
 from tuner.record import RunFolder, run_folders
@@ -26,6 +26,15 @@ from tuner.sweep import SweepDefinition, SweepError, families, read_sweep
 from tuner.table import write_table
 
 DEFAULT_REGISTRY = "nsa.paths:PATHS"
+PR31: dict[Operation, dict[str, Any]] = {
+    "selection": {"block_size": 64, "topk": 16},
+    "window": {"block_size": 0, "topk": 1, "form": "ranges", "operation": "window", "window": 512},
+    "compression": {
+        **{"block_size": 0, "topk": 1, "form": "ranges", "operation": "compression"},
+        **{"kernel_size": 32, "kernel_stride": 16},
+    },
+}
+"""Sizes of the three operations in the shape of pull request 31."""
 
 
 class SweepOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -178,7 +187,10 @@ def check_ladders(definition: SweepDefinition, paths: dict[str, SelectionPath], 
     for name, ladders in definition.ladders.items():
         if name not in paths:
             raise SweepError(f"sweep {definition.name!r} has ladders for {name!r}, expected some of {sorted(paths)}")
-        items = [item for problem in problems for item in paths[name].tunables(problem, torch.device("cpu"))]
+        own = [problem for problem in problems if problem.operation in paths[name].operations]
+        if not own:
+            continue  # a ladder for an operation that --set left out
+        items = [item for problem in own for item in paths[name].tunables(problem, torch.device("cpu"))]
         for parameter, values in ladders.items():
             known = [item for item in items if item.name == parameter]
             if not known:
@@ -247,7 +259,9 @@ def doctor(*, json: bool) -> None:
     """Print device, versions, path availability and the table in force."""
     kind = choose_device("auto")
     identity, software = device_identity(kind), software_identity()
-    availability = {name: path_states(path, kind) for name, path in read_registry(DEFAULT_REGISTRY).items()}
+    paths = read_registry(DEFAULT_REGISTRY)
+    availability = {name: path_states(path, kind) for name, path in paths.items()}
+    operations = {name: path.operations for name, path in paths.items()}
     try:
         table = load_dispatch_table()
         state = f"tier {table.__dict__['tier']}: {report.table_summary(table)}"
@@ -257,6 +271,7 @@ def doctor(*, json: bool) -> None:
         "device": msgspec.to_builtins(identity),
         "software": msgspec.to_builtins(software),
         "paths": availability,
+        "operations": operations,
         "table": state,
         "user_table": str(user_table_path(identity)),
     }
@@ -269,7 +284,7 @@ def doctor(*, json: bool) -> None:
     out.print("software " + ", ".join(f"{name} {value}" for name, value in versions.items()))
     for name, states in availability.items():
         whys = "; ".join(f"{reason} ({', '.join(modes)})" for reason, modes in states.items())
-        out.print(f"path     {name:<10} {whys}")
+        out.print(f"path     {name:<21} {', '.join(operations[name])}: {whys}")
     out.print(f"table    {state}")
     out.print(f"         a sweep here writes {user_table_path(identity)}")
 
@@ -283,7 +298,7 @@ def path_states(path: SelectionPath, kind: str) -> dict[str, list[str]]:
         for dtype in dtypes:
             problem = SelectionProblem(
                 mode=mode, dtype=dtype, B=1, S=1 if mode == "decode" else 1024, T=1024, G=2, h=4, Dk=32, Dv=32,
-                block_size=64, topk=16, cache=DEPLOYED_CACHE[kind],
+                cache=DEPLOYED_CACHE[kind], **PR31[path.operations[0]],
             )  # fmt: skip
             device = torch.device(kind)
             reason = path.unsupported_reason(problem, device, path.defaults(problem, device))

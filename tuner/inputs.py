@@ -1,5 +1,6 @@
 """Inputs of a trial: query, key, value and a selection of a stated pattern, from a seed. Worker side.
 
+``fixed``: the window or the compressed tokens of each row, as the problem's operation says. Patterns of selection:
 ``scored``: the module's own scoring on correlated inputs. ``smooth``: neighbouring rows agree. ``random``: they do not.
 Every row holds block 0, its own block and the one before, as the scoring forces them.
 """
@@ -54,14 +55,25 @@ def make_inputs(problem: SelectionProblem, pattern: str, seed: int, device: torc
 
     noise = normal(p.B, p.S, p.G, p.h, p.Dk)
     query = walk(noise, CORRELATION) if pattern == "scored" else noise
-    key, value = normal(p.B, p.G, p.T, p.Dk), normal(p.B, p.G, p.T, p.Dv)
+    key, value = normal(p.B, p.G, p.keys, p.Dk), normal(p.B, p.G, p.keys, p.Dv)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if p.operation != "selection":
+        return Inputs(query, key, value, structured_selection(problem, device), None)
     if pattern == "scored":
         blocks = scored_blocks(problem, query, key)
     else:
         blocks = drawn_blocks(problem, SMOOTH_SPAN if pattern == "smooth" else 1, generator, device)
     selection = Selection.from_blocks(blocks, block_size=p.block_size, context_length=p.T, overlap=p.overlap)
     return Inputs(query, key, value, selection, selection.overlap() if p.S >= 4 else None)
+
+
+def structured_selection(problem: SelectionProblem, device: torch.device) -> Selection:
+    """The window or compressed selection of a problem; its queries are the last of the context."""
+    p = problem
+    rows = (p.B, p.S, p.G)
+    if p.operation == "window":
+        return Selection.window(p.window, rows=rows, context_length=p.T, device=device)
+    return Selection.compressed(p.kernel_size, p.kernel_stride, rows=rows, first_position=p.T - p.S, device=device)
 
 
 def walk(noise: Tensor, correlation: float) -> Tensor:

@@ -92,12 +92,22 @@ def family_of(problem: SelectionProblem, pattern: str) -> Family:
         f"batch {p.B}",
         f"{p.G * p.h}/{p.G} heads",
         f"head dim {p.Dk}" if p.Dk == p.Dv else f"head dims {p.Dk} and {p.Dv}",
-        f"block {p.block_size}, top {p.topk}" if p.form == "blocks" else f"{p.topk} ranges",
+        reads(p),
         p.dtype,
         p.execution,
         f"{p.cache} cache",
-        f"{pattern} selection, {p.overlap} overlap",
+        f"{pattern} selection, {p.overlap} overlap" if p.operation == "selection" else "ranges by position",
     )
+
+
+def reads(problem: SelectionProblem) -> str:
+    """Which keys a row reads, in a few words."""
+    p = problem
+    if p.operation == "window":
+        return f"window of {p.window}"
+    if p.operation == "compression":
+        return f"compressed by {p.kernel_stride}, blocks of {p.kernel_size}"
+    return f"block {p.block_size}, top {p.topk}" if p.form == "blocks" else f"{p.topk} ranges"
 
 
 def family_labels(families: Iterable[Family]) -> tuple[str, dict[Family, str]]:
@@ -115,18 +125,24 @@ def floor_us(problem: SelectionProblem, rates: Rates) -> float | None:
     """Microseconds that no implementation can beat at these rates; None for ranges, whose width is not known here.
 
     The larger of 2·rows·h·width·(Dk + Dv) operations and of the bytes of query, output, and keys and values read once.
-    ``width`` is exact for every row: topk blocks, the own one up to the row. Of the keys at least the widest row's and
-    the rows' own blocks are read. ``train`` adds the backward pass: 3·Dk + 2·Dv in place of Dk + Dv (the scores again
-    and four gradients), and reading query, key, value, output and its gradient and writing three gradients.
+    ``width`` is exact for every row: topk blocks, the own one up to the row; the window; the compressed tokens that
+    exist. Of a selection's keys at least the widest row's and the rows' own blocks are read. ``train`` adds the
+    backward pass: 3·Dk + 2·Dv in place of Dk + Dv (the scores again and four gradients), and reading query, key, value,
+    output and its gradient and writing three gradients.
     """
     p = problem
-    if p.form != "blocks":
-        return None
     positions = np.arange(p.T - p.S, p.T, dtype=np.int64)
-    widths = np.minimum(positions + 1, (p.topk - 1) * p.block_size + positions % p.block_size + 1)
-    own_blocks = p.T - (p.T - p.S) // p.block_size * p.block_size
+    if p.operation == "window":
+        widths, read = np.minimum(positions + 1, p.window), min(p.T, p.S + p.window - 1)
+    elif p.operation == "compression":
+        widths, read = np.maximum((positions + 1 - p.kernel_size) // p.kernel_stride + 1, 0), p.keys
+    elif p.form == "blocks":
+        widths = np.minimum(positions + 1, (p.topk - 1) * p.block_size + positions % p.block_size + 1)
+        read = max(int(widths.max()), p.T - (p.T - p.S) // p.block_size * p.block_size)
+    else:
+        return None
     per_key, query, out = p.Dk + p.Dv, p.rows * p.h * p.Dk, p.rows * p.h * p.Dv
-    keys = p.B * p.G * max(int(widths.max()), own_blocks) * (p.Dk + p.Dv)
+    keys = p.B * p.G * read * (p.Dk + p.Dv)
     elements = query + keys + out
     if p.mode == "train":
         per_key += 3 * p.Dk + 2 * p.Dv

@@ -105,8 +105,11 @@ def shape_line(problem: dict[str, Value]) -> str:
     p = problem
     width = f"{p['Dk']}" if p["Dk"] == p["Dv"] else f"{p['Dk']},{p['Dv']}"
     heads = f"{int(p['G']) * int(p['h'])}/{p['G']} heads D {width}"
-    kind = f"{p['execution']}, {p['cache']} cache, {p['overlap']} overlap"
-    return f"{heads}, block {p['block_size']} top {p['topk']}, {p['dtype']}, {kind}"
+    kind = f"{p['execution']}, {p['cache']} cache"
+    if p.get("operation", "selection") == "selection":
+        return f"{heads}, block {p['block_size']} top {p['topk']}, {p['dtype']}, {kind}, {p['overlap']} overlap"
+    size = f"window {p['window']}" if p["window"] else f"compression {p['kernel_size']}/{p['kernel_stride']}"
+    return f"{heads}, {size}, {p['dtype']}, {kind}"
 
 
 def median_us(record: Record) -> float:
@@ -211,7 +214,7 @@ def ratio_texts(entry: DispatchEntry, kind: str) -> tuple[str, str]:
 
 def compared_with(entry: DispatchEntry, kind: str) -> str:
     """What the ratio is to."""
-    default = default_candidate(entry.problem(), kind)
+    default = entry.default or default_candidate(entry.problem(), kind)
     won = (entry.path, entry.parameters) == (default.path, default.parameters)
     return f"runner-up {entry.runner_up.path}" if won and entry.runner_up else f"default {default.path}"
 

@@ -40,6 +40,8 @@ def space_of(
     left_out: dict[str, str] = {}
     for name in sweep.paths:
         path = paths[name]
+        if problem.operation not in path.operations:
+            continue
         reason = path.unsupported_reason(problem, target, path.defaults(problem, target))
         if reason is None and path.slow_to_build and target.type == "cpu" and not effort.slow_builds:
             reason = "takes tens of seconds to compile on a CPU; run with --effort full"
@@ -63,6 +65,8 @@ def narrowed(item: Parameter, ladder: tuple[Value, ...] | None) -> Parameter:
 
 def reserve_rungs(path: SelectionPath, problem: SelectionProblem, device: torch.device) -> list[Candidate]:
     """The path at its defaults with its reserves at the first rung of their ladders, the second, and so on."""
+    if problem.operation not in path.operations:
+        return []
     items = [item for item in path.tunables(problem, device) if item.reserve]
     defaults = path.defaults(problem, device)
     if not items or path.unsupported_reason(problem, device, defaults):

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import itertools
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
 from nsa.errors import ArgumentError
-from nsa.problem import CacheState, DType, Execution, Mode, SelectionProblem
+from nsa.problem import CacheState, DType, Execution, Mode, Operation, SelectionProblem
 from nsa.trace import ParameterValue
 
 Pattern = Literal["scored", "smooth", "random"]
+FIXED = "fixed"
+"""In a pattern's place where a row's position alone says what it reads, as in the window and compressed branches."""
 OVERLAP_OF: dict[str, Literal["low", "high"]] = {"scored": "high", "smooth": "high", "random": "low"}
 
 SWEEPS = Path(__file__).parent / "sweeps"
@@ -26,7 +28,9 @@ SWEEPS = Path(__file__).parent / "sweeps"
 ALL_PATHS = (
     *("dense", "gather", "packed", "varlen", "flex"),
     *("triton_token", "triton_union", "triton_decode"),
+    *("sdpa_window", "flash_attn_window", "sdpa_compressed", "flash_attn_compressed"),
 )
+"""A sweep takes of its paths those of each problem's operation."""
 SHAPE_AXES = ("heads", "kv_heads", "head_dim", "value_head_dim")
 
 
@@ -36,8 +40,10 @@ class SweepError(ValueError):
 
 class Axes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Values to cross. The shape axes (heads, kv_heads, head_dim, value_head_dim) go together, element by element;
-    one of length 1 serves all. ``value_head_dim`` [0] means the same as head_dim."""
+    one of length 1 serves all. ``value_head_dim`` [0] means the same as head_dim. Operation selection crosses
+    ``block_size``, ``topk`` and ``pattern``; window ``window``; compression ``kernel_size`` and ``kernel_stride``."""
 
+    operations: tuple[Operation, ...] = ("selection",)
     modes: tuple[Mode, ...]
     contexts: tuple[int, ...]
     batch: tuple[int, ...] = (1,)
@@ -47,6 +53,9 @@ class Axes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     value_head_dim: tuple[int, ...] = (0,)
     block_size: tuple[int, ...] = (64,)
     topk: tuple[int, ...] = (16,)
+    window: tuple[int, ...] = (512,)
+    kernel_size: tuple[int, ...] = (32,)
+    kernel_stride: tuple[int, ...] = (16,)
     dtype: tuple[DType, ...] = ("float32",)
     execution: tuple[Execution, ...] = ("eager",)
     cache: tuple[CacheState | Literal["deployed"], ...] = ("deployed",)
@@ -76,7 +85,7 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
     """Problems that differ in context only, and the pattern their selections are made by."""
 
     name: str
-    pattern: Pattern
+    pattern: str
     problems: tuple[SelectionProblem, ...]
 
 
@@ -124,29 +133,48 @@ def families(sweep: SweepDefinition, device_kind: str) -> list[Family]:
     """The problems of a sweep for a device kind ("cpu", "cuda"), by family, contexts ascending. Raises SweepError."""
     axes = sweep.axes
     found = []
-    for shape, mode, batch, size, topk, dtype, execution, cache, pattern in itertools.product(
-        _shapes(axes), axes.modes, axes.batch, axes.block_size, axes.topk, axes.dtype, axes.execution, axes.cache,
-        axes.pattern,
-    ):  # fmt: skip
+    for shape, mode, batch, kind, dtype, execution, cache in itertools.product(
+        _shapes(axes), axes.modes, axes.batch, list(_kinds(axes)), axes.dtype, axes.execution, axes.cache
+    ):
         heads, groups, key_dim, value_dim = shape
+        prefix, pattern, fields = kind
         state: CacheState = ("cold" if device_kind == "cuda" else "hot") if cache == "deployed" else cache
         try:
             problems = tuple(
                 SelectionProblem(
                     mode=mode, dtype=dtype, B=batch, S=1 if mode == "decode" else context, T=context, G=groups,
-                    h=heads // groups, Dk=key_dim, Dv=value_dim or key_dim, block_size=size, topk=topk,
-                    overlap=OVERLAP_OF[pattern], execution=execution, cache=state,
+                    h=heads // groups, Dk=key_dim, Dv=value_dim or key_dim, execution=execution, cache=state, **fields,
                 )
                 for context in sorted(axes.contexts)
             )  # fmt: skip
         except ArgumentError as error:
             raise SweepError(f"sweep {sweep.name!r}: {error}") from error
+        if problems[0].keys < 1:
+            raise SweepError(f"sweep {sweep.name!r}: no compressed token exists for a context of {problems[0].T}")
         name = (
-            f"{mode} B{batch} {heads}/{groups} D{key_dim}" + (f",{value_dim}" if value_dim else "")
+            f"{prefix}{mode} B{batch} {heads}/{groups} D{key_dim}" + (f",{value_dim}" if value_dim else "")
             + f" {dtype} {execution} {state} {pattern}"
         )  # fmt: skip
         found.append(Family(name=name, pattern=pattern, problems=problems))
     return found
+
+
+def _kinds(axes: Axes) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(prefix of a family's name, pattern, fields of the problem) of every operation and of its own axes."""
+    ranged: dict[str, Any] = {"block_size": 0, "topk": 1, "form": "ranges"}
+    for operation in axes.operations:
+        if operation == "selection":
+            for size, topk, pattern in itertools.product(axes.block_size, axes.topk, axes.pattern):
+                yield "", pattern, {"block_size": size, "topk": topk, "overlap": OVERLAP_OF[pattern]}
+        elif operation == "window":
+            for window in axes.window:
+                yield f"window {window} ", FIXED, {**ranged, "operation": operation, "window": window}
+        else:
+            for size, stride in itertools.product(axes.kernel_size, axes.kernel_stride):
+                if stride < 1 or size % stride:
+                    raise SweepError(f"kernel_size {size} is no multiple of kernel_stride {stride}")
+                sizes = {"operation": operation, "kernel_size": size, "kernel_stride": stride}
+                yield f"compression {size}/{stride} ", FIXED, {**ranged, **sizes}
 
 
 def _shapes(axes: Axes) -> list[tuple[int, int, int, int]]:

@@ -21,7 +21,7 @@ from tuner import stats, verdict
 from tuner.record import Record, RecordError, RunFolder, by_problem, write_whole
 from tuner.rounds import aligned_records
 
-PATTERN_RANK = ("scored", "smooth", "random")
+PATTERN_RANK = ("fixed", "scored", "smooth", "random")
 """Where two patterns pose the same dispatch problem, the one nearest to real use gives the entry."""
 
 
@@ -67,6 +67,7 @@ def entry_of(records: list[Record]) -> DispatchEntry | None:
         path=winner.path,
         parameters=winner.parameters,
         pattern=winner.pattern,
+        default=candidate(default),
         pairs=chosen.pairs,
         ratio=chosen.ratio,
         ratio_low=chosen.ratio_low if chosen.pairs else None,

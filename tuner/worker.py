@@ -25,8 +25,8 @@ from nsa.device import DeviceIdentity, SoftwareIdentity, device_identity, softwa
 from nsa.errors import ReserveError, UnsupportedPathError
 from tuner.attest import FellBack
 from tuner.bench import Bench
-from tuner.check import WrongResult
 from tuner.measure import RoundTimer, Stopwatch, machine_clocks, self_test_calls, sm_clock_reader
+from tuner.oracle import WrongResult
 from tuner.record import Outcome
 from tuner.trial import Timing, Trial
 

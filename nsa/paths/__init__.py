@@ -1,6 +1,20 @@
-"""PATHS: every way to run selection, by name. A literal; a new path is a new file and a new entry."""
+"""PATHS: every way to run one of the three operations, by name. A literal; a new path is a new file and a new entry."""
 
-from . import dense, flex, gather, packed, reference, triton_decode, triton_token, triton_union, varlen
+from . import (
+    dense,
+    flash_attn_compressed,
+    flash_attn_window,
+    flex,
+    gather,
+    packed,
+    reference,
+    sdpa_compressed,
+    sdpa_window,
+    triton_decode,
+    triton_token,
+    triton_union,
+    varlen,
+)
 from .base import Candidate, Evidence, Parameter, SelectionPath
 
 __all__ = ["PATHS", "Candidate", "Evidence", "Parameter", "SelectionPath"]
@@ -11,6 +25,7 @@ PATHS: dict[str, SelectionPath] = {
         target=".reference:run",
         summary="the float64 oracle",
         modes=("decode", "prefill", "train"),
+        operations=("selection", "compression", "window"),
         deterministic=True,
         dispatchable=False,
         tunables=reference.tunables,
@@ -22,6 +37,7 @@ PATHS: dict[str, SelectionPath] = {
         target=".dense:run",
         summary="all keys under the selection mask through SDPA, in query chunks",
         modes=("decode", "prefill", "train"),
+        operations=("selection", "compression", "window"),
         deterministic=True,
         tunables=dense.tunables,
         unsupported=dense.unsupported,
@@ -97,5 +113,49 @@ PATHS: dict[str, SelectionPath] = {
         tunables=triton_decode.tunables,
         unsupported=triton_decode.unsupported,
         evidence=triton_decode.evidence,
+    ),
+    "sdpa_window": SelectionPath(
+        name="sdpa_window",
+        target=".sdpa_window:run",
+        summary="the window through SDPA, in query chunks",
+        modes=("decode", "prefill", "train"),
+        deterministic=True,
+        operations=("window",),
+        tunables=sdpa_window.tunables,
+        unsupported=sdpa_window.unsupported,
+        evidence=sdpa_window.evidence,
+    ),
+    "flash_attn_window": SelectionPath(
+        name="flash_attn_window",
+        target=".flash_attn_window:run",
+        summary="the window through flash_attn_func",
+        modes=("decode", "prefill", "train"),
+        deterministic=False,  # backward adds with atomics
+        operations=("window",),
+        tunables=flash_attn_window.tunables,
+        unsupported=flash_attn_window.unsupported,
+        evidence=flash_attn_window.evidence,
+    ),
+    "sdpa_compressed": SelectionPath(
+        name="sdpa_compressed",
+        target=".sdpa_compressed:run",
+        summary="queries folded by stride, causal SDPA over the compressed tokens",
+        modes=("decode", "prefill", "train"),
+        deterministic=True,
+        operations=("compression",),
+        tunables=sdpa_compressed.tunables,
+        unsupported=sdpa_compressed.unsupported,
+        evidence=sdpa_compressed.evidence,
+    ),
+    "flash_attn_compressed": SelectionPath(
+        name="flash_attn_compressed",
+        target=".flash_attn_compressed:run",
+        summary="queries folded by stride, causal flash_attn_func over the compressed tokens",
+        modes=("decode", "prefill", "train"),
+        deterministic=False,  # backward adds with atomics
+        operations=("compression",),
+        tunables=flash_attn_compressed.tunables,
+        unsupported=flash_attn_compressed.unsupported,
+        evidence=flash_attn_compressed.evidence,
     ),
 }

@@ -1,4 +1,4 @@
-"""What a selection path is: SelectionPath, its Parameters, its Evidence, and Candidate, a path with values filled in.
+"""What a path is: SelectionPath, its Parameters, its Evidence, and Candidate, a path with values filled in.
 
 ``run(query, key, value, selection, *, scale, workspace, **parameters) -> output`` does one thing: it reads no
 environment, catches no exception, falls back to nothing, and reports itself with ``trace.executed`` from its innermost
@@ -17,7 +17,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from ..problem import Mode, SelectionProblem
+from ..problem import Mode, Operation, SelectionProblem
 from ..selection import Selection
 from ..trace import ParameterValue
 from ..workspace import Workspace
@@ -88,11 +88,12 @@ class PathRun(Protocol):
         workspace: Workspace | None,
         **parameters: ParameterValue,
     ) -> Tensor:
-        """Query (B, S, G, h, Dk), key (B, G, T, Dk), value (B, G, T, Dv) -> output (B, S, G, h, Dv)."""
+        """Query (B, S, G, h, Dk), key (B, G, T, Dk), value (B, G, T, Dv) -> output (B, S, G, h, Dv); N keys for T where
+        the operation is compression."""
 
 
 class SelectionPath(msgspec.Struct, frozen=True, kw_only=True):
-    """A way to run selection.
+    """A way to run selection, or another of the three ``operations``.
 
     ``target``: ``"module:function"``, the module relative to this package or absolute; imported when first run, so
     listing paths needs neither its packages nor a GPU.
@@ -110,6 +111,7 @@ class SelectionPath(msgspec.Struct, frozen=True, kw_only=True):
     tunables: Callable[[SelectionProblem, torch.device], tuple[Parameter, ...]]
     unsupported: Callable[[SelectionProblem, torch.device, Parameters], str | None]
     evidence: Callable[[SelectionProblem, torch.device, Parameters, Sequence[int]], Evidence]
+    operations: tuple[Operation, ...] = ("selection",)
     dispatchable: bool = True
     slow_to_build: bool = False
 
@@ -120,11 +122,15 @@ class SelectionPath(msgspec.Struct, frozen=True, kw_only=True):
         return function
 
     def defaults(self, problem: SelectionProblem, device: torch.device) -> dict[str, ParameterValue]:
-        """Every parameter at its default."""
+        """Every parameter at its default; none for a problem of another operation."""
+        if problem.operation not in self.operations:
+            return {}
         return {parameter.name: parameter.default for parameter in self.tunables(problem, device)}
 
     def unsupported_reason(self, problem: SelectionProblem, device: torch.device, parameters: Parameters) -> str | None:
         """Why this path cannot run this problem with these parameters here; None if it can. Cheap, no side effects."""
+        if problem.operation not in self.operations:
+            return f"{self.name} is no path of {problem.operation}"
         if problem.mode not in self.modes:
             return f"{self.name} has no {problem.mode} mode"
         known = {parameter.name for parameter in self.tunables(problem, device)}

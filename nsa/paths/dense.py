@@ -23,7 +23,7 @@ SDPA = r"^aten::scaled_dot_product_attention$"
 
 def tunables(problem: SelectionProblem, device: torch.device) -> tuple[Parameter, ...]:
     """``query_chunk``: query tokens per SDPA call, 0 = all."""
-    mask_bytes = problem.B * problem.G * problem.h * problem.T * 5
+    mask_bytes = problem.B * problem.G * problem.h * problem.keys * 5
     return (chunk_parameter("query_chunk", problem, device, mask_bytes, problem.S),)
 
 
@@ -35,9 +35,9 @@ def unsupported(problem: SelectionProblem, device: torch.device, parameters: Par
 def evidence(
     problem: SelectionProblem, device: torch.device, parameters: Parameters, lengths: Sequence[int]
 ) -> Evidence:
-    """One SDPA call per chunk of queries, each over all T keys of all groups."""
+    """One SDPA call per chunk of queries, each over all keys of all groups."""
     chunks = list(row_chunks(problem.S, int(parameters["query_chunk"])))
-    keys = (problem.B, problem.G, problem.T, problem.Dk)
+    keys = (problem.B, problem.G, problem.keys, problem.Dk)
     return Evidence(
         required={SDPA: len(chunks)},
         forbidden=(r"^aten::index_select$", r"^aten::_local_scalar_dense$", r"flash_attn_varlen"),
@@ -64,7 +64,7 @@ def run(
         _chunk(query[:, first:end], key, value, ranges[:, first:end], scale)
         for first, end in row_chunks(query.shape[1], int(query_chunk))
     ]
-    executed("selection", "dense", {"query_chunk": query_chunk})
+    executed(selection.operation, "dense", {"query_chunk": query_chunk})
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 

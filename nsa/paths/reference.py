@@ -89,5 +89,5 @@ def run(
         part = torch.einsum("bsght,bgtd->bsghd", weights, v.nan_to_num(0.0, 0.0, 0.0))
         taints = torch.einsum("bsgt,bgtd->bsgd", mask[:, :, :, 0].to(dtype), (~v.isfinite()).to(dtype)) > 0
         parts.append(part.masked_fill(taints[:, :, :, None], float("nan")))
-    executed("selection", "reference", {"compute_dtype": compute_dtype})
+    executed(selection.operation, "reference", {"compute_dtype": compute_dtype})
     return torch.cat(parts, 1)

@@ -228,9 +228,9 @@ def test_every_branch_reports_what_ran(mode):
         else:
             layer.decode(x[:, :1], cache)
     assert [(record.operation, record.path) for record in recorder.executed] == [
-        ("compression", "sdpa"),
+        ("compression", "sdpa_compressed"),
         ("selection", "gather" if mode == "decode" else "dense"),
-        ("window", "sdpa"),
+        ("window", "sdpa_window"),
     ]
     assert all(record.status == "default" and record.reason for record in recorder.executed)
 

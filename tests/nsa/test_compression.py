@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import nsa.window
+import nsa.attend
 from nsa.compression import MeanCompressor, MLPCompressor, compressed_attention, compressed_count
 from nsa.trace import record_paths
 
@@ -109,10 +109,12 @@ def branch_input(queries: int, first: int, dtype: torch.dtype, widths: tuple[int
     return tuple(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, first: int) -> Tensor:
-    return compressed_attention(query, key, value, first_position=first, kernel_size=KERNEL, kernel_stride=STRIDE)
+def attend(query: Tensor, key: Tensor, value: Tensor, first: int, **options) -> Tensor:
+    sizes = {"kernel_size": KERNEL, "kernel_stride": STRIDE}
+    return compressed_attention(query, key, value, first_position=first, **sizes, **options)
 
 
+@pytest.mark.parametrize("chunk", [0, 1, 2])
 @pytest.mark.parametrize("widths", [(8, 8), (8, 6), (6, 8)])
 @pytest.mark.parametrize(
     ("queries", "first"),
@@ -134,10 +136,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, first: int) -> Tensor:
         (9, 28),
     ],
 )
-def test_compressed_attention_equals_plain_loops(queries, first, widths):
+def test_compressed_attention_equals_plain_loops(queries, first, widths, chunk):
     """From an empty context, at a later chunk, in decode; rows without a token among them."""
     tensors = branch_input(queries, first, torch.float32, widths)
-    got = attend(*tensors, first)
+    named = compressed_count(first + queries, KERNEL, STRIDE) > 0
+    options = {"path": "sdpa_compressed", "parameters": {"stride_chunk": chunk}} if named else {}
+    got = attend(*tensors, first, **options)
     oracle = attention_loops(*tensors, first, torch.float64)
     eager = attention_loops(*tensors, first, torch.float32)
     limit = bound(float((eager.double() - oracle).abs().max()), torch.float32, float(tensors[2].abs().max()))
@@ -177,7 +181,7 @@ def test_no_route_holds_scores_of_all_queries_against_all_tokens(monkeypatch):
         seen.append((query.shape, value.shape, rest["attn_mask"], rest["is_causal"]))
         return original(query, key, value, **rest)
 
-    monkeypatch.setattr(nsa.window.F, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(nsa.attend.F, "scaled_dot_product_attention", spy)
     attend(*branch_input(KERNEL - 1 + 32, 0, torch.float32, (8, 6)), 0)
     ((query, value, mask, causal),) = seen
     assert (query, value, mask, causal) == ((4, 2 * STRIDE, 8, 8), (4, 2 * STRIDE, 8, 8), None, True)
@@ -188,6 +192,6 @@ def test_what_ran_is_reported():
         attend(*branch_input(3, 0, torch.float32, (8, 8)), 0)
         attend(*branch_input(9, 0, torch.float32, (8, 8)), 0)
     assert [(record.path, record.parameters) for record in recorder.executed] == [
-        ("zeros", {"tokens": 0}),
-        ("sdpa", {"tokens": 1}),
+        ("zeros", {}),
+        ("sdpa_compressed", {"stride_chunk": 0}),
     ]

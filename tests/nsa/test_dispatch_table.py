@@ -10,6 +10,7 @@ from nsa import dispatch_table
 from nsa.device import device_identity, software_identity
 from nsa.dispatch_table import (
     MAX_TABLE_BYTES,
+    VERSION,
     DispatchEntry,
     DispatchTable,
     load_dispatch_table,
@@ -19,6 +20,7 @@ from nsa.dispatch_table import (
 from nsa.errors import DispatchTableError
 from nsa.paths import PATHS, Candidate
 
+BRANCH = {"block_size": 0, "topk": 1, "form": "ranges", "window": 16}
 COMMITTED = sorted((Path(__file__).parents[2] / "results" / "dispatch_tables").glob("*.json"))
 
 
@@ -37,7 +39,7 @@ def entry(**changes):
 
 def table(*entries, **changes):
     """A table as JSON, of this device."""
-    fields = {"device": device_identity("cpu"), "software": software_identity(), "entries": entries, "version": 1}
+    fields = {"device": device_identity("cpu"), "software": software_identity(), "entries": entries, "version": VERSION}
     return msgspec.json.encode({**fields, **changes})
 
 
@@ -80,7 +82,13 @@ def test_what_is_no_json_or_no_table_is_refused(data):
         (table(entry(path="reference", parameters={})), ("unknown path 'reference'", "$.entries[0]")),
         (table(entry(tied=[{"path": "reference"}])), ("unknown path 'reference'", "$.entries[0]")),
         (table(entry(parameters={"row_chnk": 1})), ("row_chnk", "packed", "$.entries[0]")),
-        (table(entry(), version=2), ("version 2", "version 1")),
+        (table(entry(), version=3), ("version 3", "reads [1, 2]")),
+        (table(entry(operation="windows")), ("operation", "$.entries[0]")),
+        (table(entry(operation="window", **BRANCH)), ("'packed' is no path of window", "$.entries[0]")),
+        (table(entry(operation="window")), ("do not go with 'window'", "$.entries[0]")),
+        (table(entry(window=512)), ("do not go with 'selection'", "$.entries[0]")),
+        (table(entry(default={"path": "denser"})), ("unknown path 'denser'", "$.entries[0]")),
+        (table(entry(level="model")), ("level", "$.entries[0]")),
         (table(entry(), entry(T=64), entry()), ("entries 0 and 2", "same problem")),
         (table(entry(T="many")), ("$.entries[0].T", "int")),
         (table(entry(mode="training")), ("$.entries[0].mode",)),
@@ -94,6 +102,25 @@ def test_a_fault_is_named_with_its_json_path(data, words):
     said = refusal(data)
     for word in words:
         assert word in said
+
+
+def test_a_table_of_version_1_reads_as_selection_at_the_level_of_the_branch():
+    newer = {"operation", "window", "kernel_size", "kernel_stride", "level", "default"}
+    old = {name: value for name, value in entry().items() if name not in newer}
+    found = DispatchTable.decode(table(old, version=1))
+    (kept,) = found.entries
+    assert (kept.operation, kept.level, kept.default) == ("selection", "branch", None)
+    assert json.loads(found.encode())["version"] == VERSION
+    assert DispatchTable.decode(found.encode()).entries == found.entries
+
+
+def test_one_table_holds_the_operations_apart():
+    filled = {"path": "sdpa_window", "parameters": {"query_chunk": 128}, "tied": [], "runner_up": None}
+    found = DispatchTable.decode(table(entry(), entry(operation="window", **BRANCH, **filled)))
+    selection, window = (found.lookup(kept.problem()) for kept in found.entries)
+    assert (selection.path, window.path, window.status) == ("packed", "sdpa_window", "exact")
+    other = msgspec.structs.replace(found.entries[1].problem(), window=8)
+    assert found.lookup(other).status == "default"
 
 
 def test_a_missing_field_is_named():

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 
+import msgspec
 import pytest
 import torch
 
 import nsa.flags
+import nsa.paths
 from nsa.attention import NSAAttention, NSAConfig
 from nsa.device import device_identity, software_identity
-from nsa.dispatch import selection_attention, use_dispatch_table
+from nsa.dispatch import dispatch_stats, selection_attention, use_dispatch_table
 from nsa.dispatch_table import Choice, DispatchTable
 from nsa.errors import FlagError, UnsupportedPathError
 from nsa.flags import FLAGS, FORCING, RESERVES, Flags, read_flags
+from nsa.paths import sdpa_compressed, sdpa_window
 from nsa.trace import record_paths
 from nsa.workspace import Workspace
 
@@ -153,9 +157,11 @@ def test_fa2_disallows_and_the_branch_flags_speak_for_their_branch():
         flags = read_flags(environ)
         return flags.flash_attention, flags.flash_attention_compression, flags.flash_attention_window
 
-    assert allowed({}) == allowed({"NSA_USE_FA2": "1"}) == (True, True, True)
+    assert allowed({}) == (True, None, None)
+    assert allowed({"NSA_USE_FA2": "1"}) == (True, True, True)
     assert allowed({"NSA_USE_FA2": "0"}) == (False, False, False)
     assert allowed({"NSA_USE_FA2": "0", "NSA_USE_FA2_CMP": "1"}) == (False, True, False)
+    assert allowed({"NSA_USE_FA2_WIN": "1"}) == (True, None, True)
     assert allowed(PR31) == (True, True, False)
     assert read_flags({"NSA_USE_FA2": "0"}).adjust("varlen", {"backend": "torch"}) == {"backend": "segment"}
     assert read_flags({"NSA_USE_FA2": "1"}).adjust("varlen", {}) == {}
@@ -265,9 +271,88 @@ def test_fa2_0_and_reserves_change_the_parameters_of_what_dispatch_chose(monkeyp
         )
 
 
-@pytest.mark.parametrize(("operation", "flag"), [("compression", "NSA_USE_FA2_CMP"), ("window", "NSA_USE_FA2_WIN")])
-def test_the_other_branches_say_that_their_flag_disallowed_flash_attention(monkeypatch, operation, flag):
+BRANCH_FLAGS = pytest.mark.parametrize(
+    ("operation", "flag", "flash", "other"),
+    [
+        ("compression", "NSA_USE_FA2_CMP", "flash_attn_compressed", "sdpa_compressed"),
+        ("window", "NSA_USE_FA2_WIN", "flash_attn_window", "sdpa_window"),
+    ],
+)
+
+
+@BRANCH_FLAGS
+@pytest.mark.parametrize("mode", ["forward", "prefill", "decode"])
+def test_a_branch_flag_of_0_forbids_flash_attention_even_where_the_table_names_it(
+    monkeypatch, mode, operation, flag, flash, other
+):
+    able(monkeypatch, flash, other)
+    assert executed_in(layer_with(FlashTable), mode, operation)[0].path == flash
     set_flags(monkeypatch, {flag: "0"})
-    for mode in ("forward", "prefill", "decode"):
-        (record,) = executed_in(layer_now(), mode, operation)
-        assert (record.path, record.reason) == ("sdpa", "flash_attn is disallowed")
+    (record,) = executed_in(layer_with(FlashTable), mode, operation)
+    assert (record.path, record.status) == (other, "default")
+    assert record.reason == f"{flash} is disallowed; measured"
+
+
+@BRANCH_FLAGS
+@pytest.mark.parametrize("mode", ["forward", "prefill", "decode"])
+def test_a_branch_flag_of_1_takes_flash_attention_whatever_the_table_says(
+    monkeypatch, mode, operation, flag, flash, other
+):
+    able(monkeypatch, flash, other)
+    set_flags(monkeypatch, {flag: "1"})
+    (record,) = executed_in(layer_with(DispatchTable), mode, operation)
+    assert (record.path, record.status) == (flash, "forced")
+
+
+@BRANCH_FLAGS
+def test_a_branch_flag_of_1_that_cannot_be_is_a_counted_step_with_its_reason(
+    monkeypatch, operation, flag, flash, other
+):
+    set_flags(monkeypatch, {flag: "1"})
+    (record,) = executed_in(layer_now(), "forward", operation)
+    why = f"{flash}: unsupported: flash_attn needs a CUDA device"
+    assert (record.path, record.status) == (other, "default")
+    assert record.reason == f"{why}; no dispatch table for this device"
+    assert dispatch_stats().steps[why] > 0
+
+
+def able(monkeypatch, flash: str, other: str) -> None:
+    """Make the FlashAttention path one that runs here: as the other, under its own name."""
+    known, twin = nsa.paths.PATHS[flash], nsa.paths.PATHS[other]
+    named = {"name": flash, "target": f"{__name__}:{flash}"}
+    monkeypatch.setitem(nsa.paths.PATHS, flash, msgspec.structs.replace(twin, **named))
+    assert known.operations == twin.operations
+
+
+def flash_attn_window(*tensors, **options):
+    return relabelled("window", "flash_attn_window", sdpa_window.run, *tensors, **options)
+
+
+def flash_attn_compressed(*tensors, **options):
+    return relabelled("compression", "flash_attn_compressed", sdpa_compressed.run, *tensors, **options)
+
+
+def relabelled(operation, path, run, *tensors, **options):
+    module = importlib.import_module(run.__module__)
+    report = module.executed
+    module.executed = lambda _operation, _path, parameters: report(operation, path, parameters)
+    try:
+        return run(*tensors, **options)
+    finally:
+        module.executed = report
+
+
+class FlashTable(DispatchTable, frozen=True, kw_only=True, eq=False, dict=True):
+    """A table that names FlashAttention in the branches."""
+
+    def lookup(self, problem):
+        path = {"window": "flash_attn_window", "compression": "flash_attn_compressed", "selection": "dense"}
+        filled = nsa.paths.PATHS[path[problem.operation]].defaults(problem, torch.device("cpu"))
+        named = path[problem.operation]
+        return Choice(path=named, parameters=filled, status="exact", tier="argument", reason="measured")
+
+
+def layer_with(table: type[DispatchTable]) -> NSAAttention:
+    torch.manual_seed(0)
+    made = table(device=device_identity("cpu"), software=software_identity())
+    return NSAAttention(CONFIG, workspace=Workspace(), dispatch_table=made)

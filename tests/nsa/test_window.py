@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor
 
-import nsa.window
+from nsa.dispatch import DispatchWarning
+from nsa.paths import PATHS, sdpa_window
+from nsa.paths.sdpa_window import window_mask
+from nsa.problem import DTYPE_NAMES, SelectionProblem
 from nsa.trace import record_paths
-from nsa.window import flash_attn_reason, window_attention, window_mask
+from nsa.window import window_attention
 
 from .reference_layer import attention, bound
 
@@ -33,8 +38,13 @@ def loops(query: Tensor, key: Tensor, value: Tensor, window: int, dtype: torch.d
     return torch.stack(rows).view(batch, queries, groups, heads, -1)
 
 
-def assert_equals_loops(tensors: tuple[Tensor, ...], window: int) -> None:
-    got = window_attention(*tensors, window=window)
+def in_chunks(*tensors: Tensor, chunk: int, window: int = WINDOW) -> Tensor:
+    """By path ``sdpa_window``, ``chunk`` queries a call."""
+    return window_attention(*tensors, window=window, path="sdpa_window", parameters={"query_chunk": chunk})
+
+
+def assert_equals_loops(tensors: tuple[Tensor, ...], window: int, chunk: int = 128) -> None:
+    got = in_chunks(*tensors, chunk=chunk, window=window)
     dtype = got.dtype
     oracle = loops(*tensors, window, torch.float64)
     eager = loops(*tensors, window, dtype)
@@ -54,11 +64,10 @@ def assert_equals_loops(tensors: tuple[Tensor, ...], window: int) -> None:
         pytest.param(1, 17, 1e4, id="decode, large magnitudes"),
     ],
 )
-def test_sliding_window_without_NaN(queries, keys, magnitude, monkeypatch):
-    monkeypatch.setitem(nsa.window.QUERY_CHUNK, "cpu", 4)
+def test_sliding_window_without_NaN(queries, keys, magnitude):
     query, key, value = branch_input(queries, keys)
     tensors = [(query * magnitude).requires_grad_(), (key * magnitude).requires_grad_(), value.requires_grad_()]
-    out = window_attention(*tensors, window=WINDOW)
+    out = in_chunks(*tensors, chunk=4)
     gradients = torch.autograd.grad(out.sum(), tensors)
     assert out.isfinite().all()
     assert all(gradient.isfinite().all() for gradient in gradients)
@@ -69,9 +78,8 @@ def test_sliding_window_without_NaN(queries, keys, magnitude, monkeypatch):
 
 @pytest.mark.parametrize("chunk", [1, 3, 4, 128])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (4, 4), (13, 13), (6, 17), (1, 17)])
-def test_the_window_equals_plain_loops_at_every_chunk(queries, keys, chunk, monkeypatch):
-    monkeypatch.setitem(nsa.window.QUERY_CHUNK, "cpu", chunk)
-    assert_equals_loops(branch_input(queries, keys), WINDOW)
+def test_the_window_equals_plain_loops_at_every_chunk(queries, keys, chunk):
+    assert_equals_loops(branch_input(queries, keys), WINDOW, chunk)
 
 
 @pytest.mark.parametrize("widths", [(8, 6), (6, 8)])
@@ -86,11 +94,10 @@ def test_every_dtype_and_unequal_head_dims_are_within_the_bound(dtype, widths):
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(13, 13), (6, 17)])
-def test_gradients_equal_those_of_plain_loops(queries, keys, monkeypatch):
-    monkeypatch.setitem(nsa.window.QUERY_CHUNK, "cpu", 4)
+def test_gradients_equal_those_of_plain_loops(queries, keys):
     tensors = [tensor.requires_grad_() for tensor in branch_input(queries, keys, torch.float64, (8, 6))]
     pull = torch.randn(2, queries, 2, 3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    mine = torch.autograd.grad((window_attention(*tensors, window=WINDOW) * pull).sum(), tensors)
+    mine = torch.autograd.grad((in_chunks(*tensors, chunk=4) * pull).sum(), tensors)
     oracle = torch.autograd.grad((loops(*tensors, WINDOW, torch.float64) * pull).sum(), tensors)
     # sums of at most 64 terms in two orders, each within 32 eps of the largest gradient there is
     limit = 64 * torch.finfo(torch.float64).eps * max(float(expected.abs().max()) for expected in oracle)
@@ -114,16 +121,15 @@ def test_only_the_windows_keys_are_read():
 
 def test_no_mask_grows_with_the_context(monkeypatch):
     """Keys per SDPA call are at most chunk + window - 1, and all inner chunks share one mask."""
-    monkeypatch.setitem(nsa.window.QUERY_CHUNK, "cpu", 4)
     seen = []
-    original = nsa.window.shared_attention
+    original = sdpa_window.shared_attention
 
     def spy(query, key, value, scale, **rest):
         seen.append((key.shape[2], rest.get("mask")))
         return original(query, key, value, scale, **rest)
 
-    monkeypatch.setattr(nsa.window, "shared_attention", spy)
-    window_attention(*branch_input(40, 40), window=WINDOW)
+    monkeypatch.setattr(sdpa_window, "shared_attention", spy)
+    in_chunks(*branch_input(40, 40), chunk=4)
     assert len(seen) == 10
     assert max(keys for keys, _ in seen) == 4 + WINDOW - 1
     assert len({id(mask) for _, mask in seen}) == 2
@@ -136,12 +142,18 @@ def test_the_mask_is_that_of_the_definition():
 
 
 def test_what_ran_is_reported_with_the_reason():
-    with record_paths() as recorder:
-        window_attention(*branch_input(3, 3), window=WINDOW)
-        window_attention(*branch_input(3, 3), window=WINDOW, flash_attention=False)
-    assert [(record.path, record.reason) for record in recorder.executed] == [
-        ("sdpa", "flash_attn needs a CUDA device"),
-        ("sdpa", "flash_attn is disallowed"),
+    none = "no dispatch table for this device"
+    with record_paths() as recorder, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DispatchWarning)
+        for wanted in (None, False, True):
+            window_attention(*branch_input(3, 3), window=WINDOW, flash_attention=wanted)
+    assert {(record.operation, record.path, record.status) for record in recorder.executed} == {
+        ("window", "sdpa_window", "default")
+    }
+    assert [record.reason for record in recorder.executed] == [
+        none,
+        f"flash_attn_window is disallowed; {none}",
+        f"flash_attn_window: unsupported: flash_attn needs a CUDA device; {none}",
     ]
 
 
@@ -151,11 +163,15 @@ def test_what_ran_is_reported_with_the_reason():
 @pytest.mark.parametrize(("queries", "keys"), [(13, 13), (6, 17), (1, 17), (300, 300)])
 def test_flash_attn_equals_plain_loops_where_it_runs(queries, keys, dtype):
     query, key, value = (tensor.cuda() for tensor in branch_input(queries, keys, dtype))
-    if reason := flash_attn_reason(query, value, True):
+    posed = SelectionProblem(
+        mode="prefill" if queries > 1 else "decode", dtype=DTYPE_NAMES[dtype], B=2, S=queries, T=keys, G=2, h=3, Dk=8,
+        Dv=8, block_size=0, topk=1, form="ranges", operation="window", window=WINDOW,
+    )  # fmt: skip
+    if reason := PATHS["flash_attn_window"].unsupported_reason(posed, query.device, {}):
         pytest.skip(reason)
     with record_paths() as recorder:
-        got = window_attention(query, key, value, window=WINDOW).cpu().double()
-    assert recorder.executed[0].path == "flash_attn"
+        got = window_attention(query, key, value, window=WINDOW, flash_attention=True).cpu().double()
+    assert (recorder.executed[0].path, recorder.executed[0].status) == ("flash_attn_window", "forced")
     tensors = (query.cpu(), key.cpu(), value.cpu())
     oracle = loops(*tensors, WINDOW, torch.float64)
     eager = loops(*tensors, WINDOW, dtype)

@@ -9,10 +9,14 @@ import torch
 from nsa.paths import PATHS as REAL
 from nsa.paths import reference
 from nsa.problem import SelectionProblem
+from nsa.selection import Selection
+from nsa.workspace import Workspace
 from tests.tuner.misbehaving import PATHS
-from tuner import check
-from tuner.check import Checked, Checker, Oracle, WrongResult, awkward_inputs, problem_of, selected_rows
+from tuner import oracle as oracles
+from tuner.awkward import awkward_inputs, problem_of
+from tuner.check import Checked, Checker
 from tuner.inputs import make_inputs
+from tuner.oracle import Oracle, WrongResult, selected_rows
 
 CPU = torch.device("cpu")
 EAGER = ("dense", "gather", "packed", "varlen")
@@ -179,8 +183,8 @@ def test_the_bound_is_never_below_what_one_rounding_of_the_values_needs() -> Non
 @pytest.fixture
 def _few_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     """Problems count as large from 1000 scores on."""
-    monkeypatch.setattr(check, "FULL_SCORES", 1000)
-    monkeypatch.setattr(check, "SPOT_ROWS", 8)
+    monkeypatch.setattr(oracles, "FULL_SCORES", 1000)
+    monkeypatch.setattr(oracles, "SPOT_ROWS", 8)
 
 
 @pytest.mark.usefixtures("_few_scores")
@@ -243,6 +247,117 @@ def test_awkward_inputs_are_as_awkward_as_they_say(form: str, mode: str) -> None
         ragged = cases["ragged rows, duplicates, an empty row, a tail block"].selection
         assert int(ragged.context_length) % 16
         assert (ragged.indices == int(ragged.context_length) // 16).sum() >= 3
+
+
+BRANCHES = {
+    "window": {"window": 12},
+    "compression": {"kernel_size": 8, "kernel_stride": 4},
+}
+ROUTES = {"window": "sdpa_window", "compression": "sdpa_compressed"}
+
+
+def branch_problem(operation: str, **changes: Any) -> SelectionProblem:
+    ranged = {"block_size": 0, "topk": 1, "form": "ranges", "operation": operation}
+    return problem(**{**ranged, **BRANCHES[operation], **changes})
+
+
+@pytest.mark.parametrize("operation", BRANCHES)
+@pytest.mark.parametrize("mode", ["decode", "prefill", "train"])
+def test_right_routes_of_the_branches_pass(operation: str, mode: str) -> None:
+    posed = branch_problem(operation, mode=mode, S=1 if mode == "decode" else 40, dtype="bfloat16")
+    for path in (ROUTES[operation], "dense"):
+        assert checked(REAL[path], posed).error > 0
+
+
+def first_key_only(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return value[:, None, :, None, 0].expand(*query.shape[:4], -1).clone()
+
+
+def off_by_one(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, whole: Any, **options: Any):
+    """A window of one more key, compressed tokens without the last."""
+    given = whole.structure
+    shifted = given._replace(window=given.window + 1) if given.window else given
+    ranges = oracles.ranges_of(shifted, torch.arange(query.shape[1])).indices.clone()
+    ranges[..., 1] -= int(given.window == 0)
+    everywhere = torch.full((query.shape[1],), key.shape[2] - 1)
+    wrong = Selection.from_ranges(ranges, context_length=key.shape[2], query_positions=everywhere)
+    return reference.run(query, key, value, wrong, scale=options["scale"]).to(value.dtype)
+
+
+def minds_the_width(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **options: Any):
+    """Right where value and key are equally wide."""
+    out = REAL["dense"].function()(query, key, value, *rest, **options)
+    return out if value.shape[3] == key.shape[3] else out * 1.01
+
+
+def needs_contiguous_keys(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **options: Any):
+    """Reads keys and values as if they were contiguous."""
+    key, value = (tensor.as_strided(tensor.shape, torch.empty(tensor.shape).stride()) for tensor in (key, value))
+    return REAL["dense"].function()(query, key, value, *rest, **options)
+
+
+@pytest.mark.parametrize("operation", BRANCHES)
+@pytest.mark.parametrize("mode", ["decode", "prefill"])
+@pytest.mark.parametrize("run", [first_key_only, off_by_one, minds_the_width, needs_contiguous_keys])
+def test_a_wrong_route_of_a_branch_is_caught(operation: str, mode: str, run: Any, monkeypatch: Any) -> None:
+    posed = branch_problem(operation, mode=mode, S=1 if mode == "decode" else 40)
+    broken = msgspec.structs.replace(REAL["dense"], target=f"{__name__}:{run.__name__}")
+    with pytest.raises(WrongResult):
+        checked(broken, posed)
+
+
+@pytest.mark.parametrize("operation", BRANCHES)
+@pytest.mark.parametrize("mode", ["decode", "prefill"])
+def test_awkward_calls_of_the_branches_are_as_awkward_as_they_say(operation: str, mode: str) -> None:
+    posed = branch_problem(operation, mode=mode, S=1 if mode == "decode" else 40)
+    cases = dict(awkward_inputs(posed, CPU))
+    seen = [problem_of(case, posed) for case in cases.values()]
+    assert all(p.B == 2 and p.mode == mode for p in seen)
+    assert {p.T % 2 for p in seen} == {0, 1}
+    assert any(p.S < p.T for p in seen)
+    assert {p.Dv for p in seen} == {posed.Dv, posed.Dv + 8, posed.Dv // 2}
+    assert all(not case.value.is_contiguous() for case in cases.values() if case.value.shape[2] > 1)
+    if mode == "prefill":
+        assert any(p.S == p.T for p in seen)
+        lengths = torch.cat([case.selection.lengths.flatten() for case in cases.values()])
+        assert (int(lengths.min()) == 0) == (operation == "compression"), "compressed rows may be empty, windows not"
+
+
+@pytest.mark.parametrize("operation", BRANCHES)
+def test_the_oracles_ranges_of_a_branch_are_counted_one_key_at_a_time(operation: str) -> None:
+    posed = branch_problem(operation, S=31, T=40)
+    given = make_inputs(posed, "fixed", 0, CPU).selection.structure
+    assert given is not None
+    rows = torch.tensor([0, 3, 11, 30])
+    found = oracles.ranges_of(given, rows).ranges[0, :, 0, 0].tolist()
+    for (start, end), row in zip(found, rows.tolist(), strict=True):
+        t = 9 + row
+        if operation == "window":
+            read = [j for j in range(40) if t - 12 < j <= t]
+        else:
+            read = [i for i in range(40) if i * 4 + 8 <= t + 1]
+        assert list(range(start, end)) == read
+
+
+@pytest.mark.parametrize("operation", ["selection", *BRANCHES])
+def test_gradients_of_a_large_problem_are_held_at_spot_rows(operation: str, monkeypatch: Any) -> None:
+    posed = problem(mode="train") if operation == "selection" else branch_problem(operation, mode="train")
+    for name, value in (("FULL_GRADIENT_SCORES", 100), ("GRADIENT_SCORES", 100), ("LEAST_GRADIENT_ROWS", 8)):
+        monkeypatch.setattr(oracles, name, value)
+    inputs = make_inputs(posed, "scored", 0, CPU)
+    found = oracles.GradientOracle(inputs, posed.Dk**-0.5)
+    assert 2 <= len(found.rows) <= 8
+
+    def right(case: Any, _workspace: Any) -> torch.Tensor:
+        out = reference.run(case.query, case.key, case.value, case.selection, scale=posed.Dk**-0.5)
+        return out.to(case.value.dtype)
+
+    def wrong(case: Any, workspace: Any) -> torch.Tensor:
+        return right(case, workspace) + 0.01 * (case.value - case.value.detach()).sum()
+
+    found.compare(right, Workspace())
+    with pytest.raises(WrongResult, match="gradient of v off by"):
+        found.compare(wrong, Workspace())
 
 
 def test_awkward_inputs_keep_the_problems_heads_dims_and_dtype() -> None:

@@ -31,6 +31,20 @@ CALLS = {
 }
 
 
+@pytest.mark.parametrize(
+    ("sizes", "keys"), [({"window": 9}, 100), ({"kernel_size": 32, "kernel_stride": 16}, (100 - 32) // 16 + 1)]
+)
+def test_inputs_of_the_branches_have_their_keys_and_their_selection(sizes: dict[str, int], keys: int) -> None:
+    operation = "window" if "window" in sizes else "compression"
+    posed = problem(S=37, block_size=0, topk=1, form="ranges", operation=operation, **sizes)
+    found = make_inputs(posed, "fixed", 0, CPU)
+    assert found.key.shape == (2, 2, keys, 8)
+    assert found.value.shape == (2, 2, keys, 4)
+    assert found.selection.operation == operation
+    assert found.selection.rows == (2, 37, 2)
+    assert found.union is None
+
+
 def tensors(inputs: Inputs) -> tuple[torch.Tensor, ...]:
     """All that a call gets."""
     return inputs.query, inputs.key, inputs.value, inputs.selection.indices

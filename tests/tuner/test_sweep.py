@@ -100,6 +100,10 @@ def test_a_file_that_is_missing_and_a_name_that_is_unknown_are_told_apart(tmp_pa
 
 
 OVERRIDES: dict[str, tuple[str, Any]] = {
+    "operations": ("window,compression", ("window", "compression")),
+    "window": ("64,128", (64, 128)),
+    "kernel_size": ("16", (16,)),
+    "kernel_stride": ("8", (8,)),
     "modes": ("train", ("train",)),
     "contexts": ("96,48", (96, 48)),
     "batch": ("1, 3", (1, 3)),
@@ -184,6 +188,34 @@ def test_shape_axes_of_different_lengths_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SweepError, match=r"axis kv_heads has 2 values, expected 1 or 3"):
         families(read_sweep(written(tmp_path, "heads = [4, 8, 16]\nkv_heads = [2, 4]")), "cpu")
     assert set(SHAPE_AXES) < set(Axes.__struct_fields__)
+
+
+def test_each_operation_crosses_its_own_axes_and_no_others(tmp_path: Path) -> None:
+    overrides = [
+        *("operations=selection,window,compression", "modes=prefill", "contexts=64", "heads=4", "kv_heads=2"),
+        *("pattern=scored,random", "topk=2", "block_size=16", "window=8,16", "kernel_size=16,32", "kernel_stride=8"),
+    ]
+    found = families(read_sweep(written(tmp_path), overrides), "cpu")
+    problems = [family.problems[0] for family in found]
+    assert len({family.name for family in found}) == len(found) == 6
+    assert [(p.operation, p.window, p.kernel_size, p.kernel_stride) for p in problems] == [
+        ("selection", 0, 0, 0),
+        ("selection", 0, 0, 0),
+        ("window", 8, 0, 0),
+        ("window", 16, 0, 0),
+        ("compression", 0, 16, 8),
+        ("compression", 0, 32, 8),
+    ]
+    assert [family.pattern for family in found] == ["scored", "random", *("fixed",) * 4]
+    assert {(p.form, p.block_size, p.topk) for p in problems[2:]} == {("ranges", 0, 1)}
+    assert all(p.overlap == "high" for p in problems[2:])
+
+
+def test_a_context_without_a_compressed_token_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SweepError, match="no compressed token exists for a context of 16"):
+        families(read_sweep(written(tmp_path), ["operations=compression", "contexts=16,64"]), "cpu")
+    with pytest.raises(SweepError, match="kernel_size 32 is no multiple of kernel_stride 12"):
+        families(read_sweep(written(tmp_path), ["operations=compression", "kernel_stride=12"]), "cpu")
 
 
 def test_a_pattern_says_what_overlap_its_selections_have() -> None:

@@ -16,7 +16,7 @@ from nsa.paths import Candidate
 from nsa.problem import SelectionProblem
 from tests.tuner.misbehaving import PATHS, REGISTRY
 from tuner.attest import FellBack
-from tuner.check import WrongResult
+from tuner.oracle import WrongResult
 from tuner.session import Session, Timed
 from tuner.trial import Assessment, SequenceResult, Trial
 from tuner.worker import CandidateFailed, Worker, WorkerDied, classify
