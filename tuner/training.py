@@ -158,14 +158,11 @@ class TrainingLog:
 
 def requested_by(flags: Flags) -> dict[str, str]:
     """Operation -> what the flags ask for."""
-
-    def flash(allowed: bool) -> str:
-        return "flash_attn where it can run" if allowed else "not flash_attn"
-
+    words = {True: "flash_attn where it can run", False: "not flash_attn", None: "auto"}
     return {
         "selection": flags.path or "auto",
-        "compression": flash(flags.flash_attention_compression),
-        "window": flash(flags.flash_attention_window),
+        "compression": words[flags.flash_attention_compression],
+        "window": words[flags.flash_attention_window],
     }
 
 
@@ -188,7 +185,7 @@ def met(operation: str, path: str, flags: Flags) -> bool:
     if operation == "selection":
         return flags.path in (None, path)
     allowed = {"compression": flags.flash_attention_compression, "window": flags.flash_attention_window}
-    return path != "flash_attn" or allowed.get(operation, True)
+    return not path.startswith("flash_attn") or allowed.get(operation) is not False
 
 
 def host_waits(profiler: profile, device: torch.device) -> int:
@@ -202,7 +199,7 @@ def kernels_of(profiler: profile, device: torch.device) -> list[KernelTime]:
     cuda = device.type == "cuda"
     found = [
         KernelTime(item.key, item.count, float(item.self_device_time_total if cuda else item.self_cpu_time_total))
-        for item in profiler.key_averages()  # type: ignore[no-untyped-call]
+        for item in profiler.key_averages()
         if item.device_type == (DeviceType.CUDA if cuda else DeviceType.CPU)
     ]
     return sorted((item for item in found if item.us > 0), key=lambda item: -item.us)[:KERNELS_KEPT]

@@ -6,6 +6,7 @@ history. ``tuner.validation_rules`` recommends from it, ``tuner.validation_secti
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -182,10 +183,10 @@ def setup_key(setup: TrainingSetup) -> bytes:
 
 def operation_of(record: Record) -> str:
     """``selection``, ``compression`` or ``window``."""
-    return str(getattr(record, "operation", "selection"))
+    return str(record.problem.get("operation", "selection"))
 
 
 def short(commit: str) -> str:
-    """A commit for a reader: ten digits, ``+`` where the tree differed from it."""
+    """A commit for a reader: ten digits, ``+`` where the tree differed from it; what is no hash as it is."""
     head, dirty, _ = commit.partition("-dirty-")
-    return head[:10] + ("+" if dirty else "")
+    return (head[:10] if re.fullmatch("[0-9a-f]{10,}", head) else head) + ("+" if dirty else "")

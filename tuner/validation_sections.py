@@ -46,7 +46,7 @@ def environment_section(found: Validation) -> Section:
         Table(caption="Machine and software", columns=("what", "value"), rows=tuple(cells(*fact) for fact in facts)),
         Table(caption="Runs that count", columns=columns, rows=tuple(runs)),
     ]
-    summary = f"{last.device['name']}, {len(runs)} runs"
+    summary = f"{last.device['name']}, {len(runs)} {'run' if len(runs) == 1 else 'runs'}"
     if found.left_out:
         summary += f"; left out: {', '.join(found.left_out)}"
     return Section(key="environment", title="Environment", summary=summary, tables=tuple(tables))
@@ -170,8 +170,9 @@ def routes_section(found: Validation) -> Section:
     if not rows:
         return Section(key="routes", title="Executed against requested", summary="no records", missing=HOW["training"])
     columns = ("where", "requested", "executed", "as requested", "why")
-    amiss = sum(1 for row in rows if row[3].tone == "bad")
-    summary = f"{len(rows)} requests, " + (f"{amiss} not met" if amiss else "all met")
+    counts = Counter[str](row[3].tone for row in rows)
+    words = {"good": "met", "bad": "not met", "open": "not shown to be met"}
+    summary = ", ".join(f"{counts[tone]} {word}" for tone, word in words.items() if counts[tone])
     table = Table(caption="Requests and what ran", columns=columns, rows=tuple(rows))
     return Section(key="routes", title="Executed against requested", summary=summary, tables=(table,))
 

@@ -16,7 +16,8 @@ from tuner.evidence import ratio_text
 from tuner.history import HistoryResult
 from tuner.marks import CommitScenario
 from tuner.plot_style import byte_text, evidence_text
-from tuner.record import Record, Value, by_problem
+from tuner.record import Record, by_problem
+from tuner.report import shape_line
 from tuner.rounds import aligned_records
 from tuner.validation import TrainingRun, Validation, operation_of, short
 from tuner.validation_figures import curve_svg, regressions_svgs
@@ -102,7 +103,7 @@ def path_tables(found: Validation, mode: str) -> Iterable[Table]:
     """Per shape: each problem's finalists against its default."""
     tables: dict[str, list[tuple[Cell, ...]]] = {}
     for group in shootouts(found.of_mode(mode)):
-        title = f"{operation_of(group[0])}, {shape_text(group[0].problem)}, {group[0].pattern} selections"
+        title = f"{operation_of(group[0])}, {shape_line(group[0].problem)}, {group[0].pattern} selections"
         tables.setdefault(title, []).extend(path_rows(group))
     columns = ("context", "path", "median us", "time / default's", "verdict", "pairs", "E", "peak")
     for title, rows in tables.items():
@@ -133,14 +134,6 @@ def path_rows(group: Sequence[Record]) -> Iterable[tuple[Cell, ...]]:
 def median_us(record: Record) -> float:
     """Median of a record's samples."""
     return statistics.median(sample.us for sample in record.samples)
-
-
-def shape_text(problem: dict[str, Value]) -> str:
-    """All of a problem but mode, context and batch."""
-    p = problem
-    width = f"{p['Dk']}" if p["Dk"] == p["Dv"] else f"{p['Dk']},{p['Dv']}"
-    heads = f"{int(p['G']) * int(p['h'])}/{p['G']} heads D {width}"
-    return f"{heads}, block {p['block_size']} top {p['topk']}, {p['dtype']}, {p['execution']}, {p['cache']} cache"
 
 
 def training_section(found: Validation) -> Section:
