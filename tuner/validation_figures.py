@@ -70,7 +70,7 @@ def curve_svg(losses: Sequence[float]) -> str:
         for step, anchor in ((0, "start"), (len(losses) // 2, "middle"), (len(losses) - 1, "end"))
     )
     return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="loss over steps" font-family="sans-serif" '
+        f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="loss over steps" font-family="sans-serif" '
         f'font-size="12">{ticks}{steps}<polyline points="{points}" fill="none" stroke="#0072b2" stroke-width="1.6"/>'
         "</svg>"
     )

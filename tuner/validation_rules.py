@@ -96,7 +96,7 @@ def failures(found: Validation) -> Iterable[Reason]:
         seen.setdefault((operation_of(record), record.path, record.outcome), []).append(f"{place}: {record.reason}")
     for (operation, path, outcome), where in seen.items():
         more = f" (and {len(where) - 1} more)" if len(where) > 1 else ""
-        yield Reason(rule="failed", text=f"{operation} by {path} is {outcome} at {where[0]}{more}")
+        yield Reason(rule="failed", text=f"{operation} by {path}: {outcome} at {where[0]}{more}")
 
 
 def comparison(found: Validation) -> Iterable[Reason]:
@@ -161,7 +161,8 @@ def regressed(found: Validation) -> Iterable[Reason]:
     last = found.history.lines[-1]
     if last.verdict == "regressed":
         worse = [each.scenario for each in last.scenarios if each.verdict not in ("faster", "same", "undecided")]
-        yield Reason(rule="history", text=f"{short(last.commit)} against {short(last.anchor)}: {', '.join(worse)}")
+        text = f"commit {short(last.commit)} is worse than {short(last.anchor)} in {', '.join(worse) or 'memory'}"
+        yield Reason(rule="history", text=text)
 
 
 def unproven(found: Validation) -> Iterable[Reason]:

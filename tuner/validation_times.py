@@ -46,7 +46,7 @@ def summaries(found: Validation, mode: str) -> Iterable[str]:
         yield f"head against base: {counts}"
     groups = list(shootouts(found.of_mode(mode)))
     if groups:
-        yield f"paths compared on {len(groups)} problems"
+        yield f"paths compared on {len(groups)} {'problem' if len(groups) == 1 else 'problems'}"
 
 
 def compared_table(found: Validation, mode: str) -> Iterable[Table]:
@@ -146,7 +146,7 @@ def training_section(found: Validation) -> Section:
         )  # fmt: skip
     columns = ("run", "model", "step", "tokens/s", "loss", "outcome", "peak", "left for backward", "host waits a step")
     rows = [training_row(run) for run in found.training]
-    tables = [Table(caption="Training runs", columns=columns, rows=tuple(rows), numeric=(3, 6, 7, 8))]
+    tables = [Table(caption="Training runs", columns=columns, rows=tuple(rows), numeric=(3, 6, 7))]
     figures = []
     for number, run in enumerate(found.training):
         tables += kernel_table(run)
@@ -207,7 +207,7 @@ def regressions_section(found: Validation) -> Section:
         return Section(key="regressions", title="Regressions per commit", summary="no history", missing=HOW["history"])
     marked: dict[str, list[str]] = {}
     for mark in history.marks:
-        marked.setdefault(mark.commit, []).append(f"{mark.scenario}: {mark.what}")
+        marked.setdefault(mark.commit, []).append(f"{mark.scenario}: {mark.what}".rstrip("; "))
     rows = [
         cells(
             short(line.commit), line.subject, verdict_cell(line.verdict), worst(line.scenarios),

@@ -63,7 +63,7 @@ def test_a_path_that_failed_flips_the_recommendation(tmp_path: Path, outcome: An
     write_sweep(tmp_path, [*GOOD, record("gather", outcome=outcome, reason="off by 0.3")])
     found = recommended(tmp_path)
     assert (found.word, found.exit_code) == ("do not merge", 3)
-    assert texts(found) == f"do not merge: selection by gather is {outcome} at decode T=512 float32: off by 0.3"
+    assert texts(found) == f"do not merge: selection by gather: {outcome} at decode T=512 float32: off by 0.3"
 
 
 @pytest.mark.parametrize("outcome", ["oom", "unsupported"])
@@ -131,7 +131,7 @@ def test_a_last_commit_worse_than_the_anchor_flips_the_recommendation(tmp_path: 
     shutil.rmtree(tmp_path / "history")
     write_history(tmp_path, "regressed")
     found = recommended(tmp_path)
-    assert texts(found) == "do not merge: 3333333333 against ffffffffff: decode T=512 auto"
+    assert texts(found) == "do not merge: commit 3333333333 is worse than ffffffffff in decode T=512 auto"
 
 
 # --- undecided ---
