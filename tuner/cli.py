@@ -118,4 +118,31 @@ def plot(
             commands.plot(run, out, to)
 
 
+@app.command()
+def report(
+    markdown: Annotated[
+        Path | None, typer.Option(help="Write the report there as Markdown, figures beside it.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the report there as one self-contained HTML file.")] = None,
+    records: Annotated[Path, typer.Option(help="Folder that holds records/, compares/ and history/.")] = Path(
+        "results"
+    ),
+    device: Annotated[str, typer.Option(help="A device's slug; by default that of the newest run.")] = "",
+    commit: Annotated[str, typer.Option(help="Only runs of commits that begin so.")] = "",
+    json: JsonFlag = False,
+) -> None:
+    """Say from records alone what ran, whether it was right, how fast it is, and whether to merge it, with reasons."""
+    with clear_errors():
+        from tuner import validation_report
+
+        document, exit_code = validation_report.report(
+            records, device=device, commit=commit, markdown=markdown, html=html
+        )
+        shown = validation_report.as_json(document).decode() if json else validation_report.as_text(document)
+        typer.echo(shown, nl=False)
+        for file in filter(None, (markdown, html)):
+            typer.echo(f"report   {file}", err=True)
+        raise typer.Exit(exit_code)
+
+
 mount(app)
