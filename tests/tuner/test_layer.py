@@ -1,4 +1,4 @@
-"""Claims about the level of the layer: its oracle is the layer of the paper, combinations are proven, entries say it."""
+"""Claims about the level of the layer: its oracle is the paper's layer, combinations are proven, entries say their level."""
 
 from pathlib import Path
 from typing import Any
