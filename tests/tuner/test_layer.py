@@ -1,4 +1,4 @@
-"""Claims about the level of the layer: its oracle is the paper's layer, combinations are proven, entries say their level."""
+"""Claims about the level of the layer: its oracle is the paper's layer, combinations are proven, entries name it."""
 
 from pathlib import Path
 from typing import Any
