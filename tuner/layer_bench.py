@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsa.attention import NSAAttention, NSAConfig
+from nsa import NSAAttention, NSAConfig
 from nsa.device import device_identity, software_identity
 from nsa.dispatch_table import Choice, DispatchTable
 from nsa.flags import Flags

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from nsa.attention import NSAConfig
+from nsa import NSAConfig
 
 BRANCHES = ("compression", "selection", "window")
 MARGIN = 1e-3

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from nsa.attention import NSAAttention, NSAConfig
+from nsa import NSAAttention, NSAConfig
 from nsa.device import device_identity, software_identity
 from nsa.dispatch_table import DispatchTable, read_dispatch_table
 from nsa.errors import UnsupportedPathError
@@ -110,6 +110,21 @@ def test_the_oracle_is_the_reference_layer_that_the_runtime_is_tested_with(topk:
     found = layer_rows(config, weights, x, rows, taken)
     assert float((found - expected.y[:, rows]).abs().max()) <= 64 * torch.finfo(torch.float64).eps
     assert decided(gap, torch.bfloat16)[0].tolist() == [t < topk * 8 for t in rows.tolist()]
+
+
+def test_weights_are_read_alike_from_one_projection_and_from_many() -> None:
+    config = NSAConfig(dim=16, num_heads=4, num_kv_heads=2, head_dim=4, value_head_dim=6)
+    layer = NSAAttention(config, flags=Flags())
+    roles = weights_of(layer.state_dict(), config, torch.float64)
+    assert roles["query"].shape == (16, 16)
+    assert roles["values.window"].shape == (12, 16)
+    parts = [roles[name] for name in roles if name not in ("gate_bias", "output")]
+    ends = {"output.weight": roles["output"]}
+    one = {"project.weight": torch.cat(parts), "gate_bias": roles["gate_bias"], **ends}
+    many = {f"{name}.weight": matrix for name, matrix in roles.items() if name != "gate_bias"}
+    for state in (one, {**many, "gate.bias": roles["gate_bias"]}):
+        found = weights_of(state, config, torch.float64)
+        assert all(torch.equal(found[name], matrix) for name, matrix in roles.items())
 
 
 # The bench
