@@ -7,7 +7,7 @@ layer is constructed. It tunes nothing and holds no tokens: a context lives in i
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import msgspec
@@ -77,11 +77,16 @@ class NSAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 def shared_workspace(device: torch.device) -> Workspace:
     """The workspace that layers share unless they are given one: one per device, thread and CUDA stream."""
+    if torch.compiler.is_compiling():
+        return _beyond_compile(device)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     name = f"{device} {stream}"
     if not hasattr(_own, name):
         setattr(_own, name, Workspace())
     return cast(Workspace, getattr(_own, name))
+
+
+_beyond_compile: Callable[..., Workspace] = torch.compiler.disable(shared_workspace)  # type: ignore[no-untyped-call]
 
 
 class NSAAttention(nn.Module):

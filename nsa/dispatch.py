@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, Literal
@@ -123,7 +123,22 @@ def selection_attention(
 
     Raises ArgumentError (shapes, dtypes, devices), UnsupportedPathError (a named path, or the whole chain, cannot
     run), StrictDispatchError, ReserveError.
+
+    Inside ``torch.compile`` it is one graph break: nothing of dispatch is traced, the path runs eagerly.
     """
+    if torch.compiler.is_compiling():
+        return _beyond_compile(
+            *(query, key, value, selection),
+            path=path,
+            parameters=parameters,
+            scale=scale,
+            workspace=workspace,
+            strict=strict,
+            table=table,
+            overrides=overrides,
+            prefer=prefer,
+            avoid=avoid,
+        )
     forced = path != "auto"
     capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
     grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
@@ -149,6 +164,9 @@ def selection_attention(
         plans[call] = plan
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return _run(plan, query, key, value, selection, scale, workspace)
+
+
+_beyond_compile: Callable[..., Tensor] = torch.compiler.disable(selection_attention)  # type: ignore[no-untyped-call]
 
 
 def _run(

@@ -54,8 +54,8 @@ DEFAULT_PATHS: dict[Operation, dict[tuple[str, Mode], tuple[str, ...]]] = {
         ("cpu", "prefill"): ("sdpa_compressed",),
         ("cpu", "train"): ("sdpa_compressed",),
         ("cuda", "decode"): ("flash_attn_compressed", "sdpa_compressed"),
-        ("cuda", "prefill"): ("flash_attn_compressed", "sdpa_compressed"),
-        ("cuda", "train"): ("flash_attn_compressed", "sdpa_compressed"),
+        ("cuda", "prefill"): ("sdpa_compressed",),
+        ("cuda", "train"): ("sdpa_compressed",),
     },
 }
 """Where nothing was measured: of these the first that can run the problem, the last one always can."""

@@ -18,6 +18,7 @@ from nsa.errors import DispatchTableError, FlagError
 from nsa.paths import SelectionPath
 from nsa.problem import DType, Mode, Operation, SelectionProblem
 from tuner import report
+from tuner.layer_search import LayerSearch
 from tuner.ledger import size_of
 from tuner.record import RunFolder, run_folders
 from tuner.search import Search
@@ -58,7 +59,8 @@ def sweep(options: SweepOptions) -> None:
     definition, device, paths = resolve(options)
     errors, out = Console(stderr=True, soft_wrap=True), results_console()
     with report.LiveProgress(errors) as listener:
-        search = Search(
+        kind_of_search = LayerSearch if definition.level == "layer" else Search
+        search = kind_of_search(
             definition, out=options.out, device=device, commit=options.commit,
             effort=EFFORTS[options.effort], storage=options.storage, registry=options.registry, paths=paths,
             listener=listener,
@@ -143,15 +145,16 @@ def plan(options: SweepOptions) -> None:
     effort, target = EFFORTS[options.effort], torch.device(device)
     rows: list[dict[str, Any]] = []
     for family in families(definition, target.type):
-        space, left_out = space_of(definition, effort, paths, family, device)
-        rows.append(
-            {
-                "family": family.name,
-                "contexts": [problem.T for problem in family.problems],
-                "candidates": size_of(space),
-                "left_out": left_out,
-            }
-        )
+        contexts = [problem.T for problem in family.problems]
+        if definition.level == "layer":
+            search = LayerSearch(
+                definition, out=options.out, device=device, commit=options.commit, effort=effort, paths=paths
+            )
+            candidates, left_out = len(search.combinations(family.problems[-1])), dict[str, str]()
+        else:
+            space, left_out = space_of(definition, effort, paths, family, device)
+            candidates = size_of(space)
+        rows.append({"family": family.name, "contexts": contexts, "candidates": candidates, "left_out": left_out})
     if options.json:
         emit({"sweep": definition.name, "device": device, "budget_s": definition.budget_s, "families": rows})
         return

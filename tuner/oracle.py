@@ -54,10 +54,8 @@ class Oracle:
 
     def _usual_error(self, part: tuple[Tensor, Tensor, Tensor, Selection], scale: float) -> float:
         query, key, value, selection = part
-        width, dtype = query.shape[-1], str(query.dtype).removeprefix("torch.")
-        random = torch.Generator().manual_seed(0)
-        worst = 0.0
-        for order in (torch.randperm(width, generator=random).to(query.device) for _ in range(ORDERS)):
+        dtype, worst = str(query.dtype).removeprefix("torch."), 0.0
+        for order in orders(query.shape[-1], query.device):
             eager = reference.run(
                 query[..., order], key[..., order], value, selection, scale=scale, compute_dtype=dtype
             )
@@ -80,6 +78,12 @@ class Oracle:
                 f"{where}: off by {worst:.3g} at (b, row, g, head, d) {place}, derived bound {self.bound:.3g}"
             )
         return worst
+
+
+def orders(width: int, device: torch.device) -> list[Tensor]:
+    """ORDERS permutations of so many components, always the same."""
+    random = torch.Generator().manual_seed(0)
+    return [torch.randperm(width, generator=random).to(device) for _ in range(ORDERS)]
 
 
 def compared_rows(inputs: Inputs, full_scores: int, spots: int) -> Tensor:

@@ -18,6 +18,7 @@ import numpy as np
 from nsa.dispatch_table import DispatchEntry
 from nsa.paths import Candidate
 from nsa.problem import SelectionProblem
+from tuner.layer import LAYER
 from tuner.record import Outcome, Record, Stage
 
 Family = tuple[str, ...]
@@ -96,8 +97,15 @@ def family_of(problem: SelectionProblem, pattern: str) -> Family:
         p.dtype,
         p.execution,
         f"{p.cache} cache",
-        f"{pattern} selection, {p.overlap} overlap" if p.operation == "selection" else "ranges by position",
+        kept_by(p, pattern),
     )
+
+
+def kept_by(problem: SelectionProblem, pattern: str) -> str:
+    """How the keys of a row were chosen, in a few words; of a layer its sizes."""
+    if problem.operation != "selection":
+        return "ranges by position"
+    return pattern if pattern.startswith(LAYER) else f"{pattern} selection, {problem.overlap} overlap"
 
 
 def reads(problem: SelectionProblem) -> str:
@@ -165,7 +173,8 @@ def latency_panels(records: Iterable[Record], rates: Rates | None) -> tuple[Late
     for family, by_context in families.items():
         contexts = sorted(by_context)
         points = [item for T in contexts for item in best_points(T, by_context[T]).items()]
-        floors = [(T, floor_us(problems[family, T], rates)) for T in contexts] if rates else []
+        known = rates and not family[-1].startswith(LAYER)
+        floors = [(T, floor_us(problems[family, T], rates)) for T in contexts] if rates and known else []
         panels.append(
             LatencyPanel(
                 family=family,

@@ -177,7 +177,8 @@ def _evidence_lines(title: str, entries: Sequence[DispatchEntry], kind: str) -> 
         batch = f" B{entry.B}" if entry.B > 1 else ""
         ratio, interval = ratio_texts(entry, kind)
         evidence = "" if entry.e_value is None else f", E {entry.e_value:.1e}"
-        lines.append(f"  {entry.mode}{batch} {entry.T}: {candidate_name(entry.path, entry.parameters)}")
+        name = candidate_name(entry.path, entry.parameters)
+        lines.append(f"  {entry.mode}{batch}{level_word(entry)} {entry.T}: {name}")
         lines.append(f"      {entry.median_us:.1f} us, {ratio} {interval}{evidence}, {entry.pairs} pairs")
     return Text("\n".join(lines))
 
@@ -189,11 +190,16 @@ def _evidence_table(title: str, entries: Sequence[DispatchEntry], kind: str) -> 
         table.add_column(column, justify="left" if left else "right", no_wrap=column != "the runtime takes")
     for entry in entries:
         table.add_row(
-            entry.mode + (f" B{entry.B}" if entry.B > 1 else ""), str(entry.T),
+            entry.mode + (f" B{entry.B}" if entry.B > 1 else "") + level_word(entry), str(entry.T),
             candidate_name(entry.path, entry.parameters), f"{entry.median_us:.1f}",
             *ratio_texts(entry, kind), "" if entry.e_value is None else f"{entry.e_value:.1e}", str(entry.pairs),
         )  # fmt: skip
     return table
+
+
+def level_word(entry: DispatchEntry) -> str:
+    """`` in the layer`` where the whole layer was timed."""
+    return " in the layer" if entry.level == "layer" else ""
 
 
 def candidate_name(path: str, parameters: dict[str, Value]) -> str:

@@ -17,9 +17,10 @@ import msgspec
 import torch
 from torch import Tensor
 
+from nsa.errors import UnsupportedPathError
 from nsa.paths import Candidate, SelectionPath
 from nsa.paths.base import PathRun
-from nsa.problem import SelectionProblem
+from nsa.problem import Operation, SelectionProblem
 from nsa.selection import Selection
 from nsa.trace import ParameterValue
 from tuner.attest import FellBack, attest, attest_replay
@@ -84,11 +85,25 @@ class LoadedSide:
         return self.package.DispatchTable(device=identity, software=device.software_identity())
 
     def selection(self, whole: Selection) -> Any:
-        """The same selection as this side's own type."""
-        return same_fields(whole, self.package.Selection, dataclasses.fields)
+        """The same selection as this side's own type. Raises UnsupportedPathError where it knows no such operation."""
+        kind, given = self.package.Selection, whole.structure
+        if given is None:
+            return same_fields(whole, kind, dataclasses.fields)
+        self._must_know(given.operation)
+        if given.operation == "window":
+            return kind.window(given.window, rows=given.rows, context_length=given.context, device=given.device)
+        return kind.compressed(
+            given.kernel_size, given.kernel_stride, rows=given.rows, first_position=given.first_position,
+            device=given.device,
+        )  # fmt: skip
+
+    def _must_know(self, operation: Operation) -> None:
+        if operation != "selection" and not hasattr(self.package.SelectionProblem, "operation"):
+            raise UnsupportedPathError(f"this side dispatches selection alone, not {operation}")
 
     def problem(self, problem: SelectionProblem) -> Any:
-        """The same problem as this side's own type."""
+        """The same problem as this side's own type. Raises UnsupportedPathError where it knows no such operation."""
+        self._must_know(problem.operation)
         return same_fields(problem, self.package.SelectionProblem, msgspec.structs.fields)
 
     def runner(self, path: str) -> Callable[..., Tensor]:
@@ -154,6 +169,7 @@ def side_path(side: LoadedSide, name: str) -> SidePath:
     own = side.package.PATHS[name]
     return SidePath(
         name=name, target="", summary="", modes=own.modes, deterministic=own.deterministic, side=side, runs=name,
+        operations=getattr(own, "operations", ("selection",)),
         tunables=lambda problem, device: own.tunables(side.problem(problem), device),
         unsupported=lambda problem, device, chosen: own.unsupported_reason(side.problem(problem), device, chosen),
         evidence=lambda problem, device, chosen, keys: own.evidence(side.problem(problem), device, chosen, keys),

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from nsa.dispatch_table import Level
 from nsa.errors import ArgumentError
 from nsa.problem import CacheState, DType, Execution, Mode, Operation, SelectionProblem
 from nsa.trace import ParameterValue
@@ -68,12 +69,14 @@ class Axes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 class SweepDefinition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A sweep. ``budget_s``: wall-clock seconds to aim at. ``ladders``: path -> parameter -> values instead of the
-    path's own ladder. ``kind``: "paths" measures candidates, "reserve" call sequences per reserve."""
+    path's own ladder. ``kind``: "paths" measures candidates, "reserve" call sequences per reserve. ``level``: "layer"
+    measures combinations of paths inside NSAAttention, whose dim is heads * head_dim."""
 
     name: str
     description: str
     axes: Axes
     kind: Literal["paths", "reserve"] = "paths"
+    level: Level = "branch"
     paths: tuple[str, ...] = ALL_PATHS
     ladders: dict[str, dict[str, tuple[ParameterValue, ...]]] = {}
     budget_s: float = 600.0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -18,6 +19,7 @@ from nsa.errors import DispatchTableError
 from nsa.paths import Candidate
 from nsa.problem import SelectionProblem
 from tuner import stats, verdict
+from tuner.layer import LAYER, LayerSizes, choices_of
 from tuner.record import Record, RecordError, RunFolder, by_problem, write_whole
 from tuner.rounds import aligned_records
 
@@ -30,7 +32,11 @@ def entries_of(records: Iterable[Record]) -> list[DispatchEntry]:
     found: dict[SelectionProblem, DispatchEntry] = {}
     shootouts = [record for record in records if record.stage == "shootout"]
     for group in by_problem(shootouts).values():
-        entry = entry_of([record for record in group if record.outcome == "ok"])
+        timed = [record for record in group if record.outcome == "ok"]
+        if any(record.path == LAYER for record in group):
+            found.update({entry.problem(): entry for entry in layer_entries(timed)})
+            continue
+        entry = entry_of(timed)
         if entry is None:
             continue
         before = found.get(entry.problem())
@@ -45,18 +51,11 @@ def entry_of(records: list[Record]) -> DispatchEntry | None:
     None where the default was not measured, or where so few pairs were that no difference could have been certified:
     a default that stays for want of looking is no evidence.
     """
-    by_name = {record.candidate: record for record in records if record.samples}
-    default = next((name for name, record in by_name.items() if record.baseline), None)
-    if default is None:
+    picked = pick_of(records)
+    if picked is None:
         return None
-    samples = aligned_records(list(by_name.values()))
-    peaks = {name: record.peak_bytes for name, record in by_name.items() if record.peak_bytes is not None}
-    chosen = verdict.pick(default, samples, peaks, verdict.PICK_ALPHA)
-    if chosen.pairs < stats.pairs_needed(alpha=verdict.PICK_ALPHA, scenarios=max(1, len(samples) - 1)):
-        return None
+    by_name, default, chosen = picked
     winner = by_name[chosen.winner]
-    if winner.oracle_error is None or winner.oracle_bound is None:
-        raise RecordError(f"run {winner.run_id}: {winner.candidate} has times but no oracle error; it was not checked")
 
     def candidate(name: str) -> Candidate:
         return Candidate(path=by_name[name].path, parameters=by_name[name].parameters)
@@ -66,23 +65,70 @@ def entry_of(records: list[Record]) -> DispatchEntry | None:
         **{name: getattr(problem, name) for name in SelectionProblem.__struct_fields__},
         path=winner.path,
         parameters=winner.parameters,
-        pattern=winner.pattern,
         default=candidate(default),
-        pairs=chosen.pairs,
-        ratio=chosen.ratio,
-        ratio_low=chosen.ratio_low if chosen.pairs else None,
-        ratio_high=chosen.ratio_high,
-        e_value=chosen.e_value if chosen.pairs else None,
         tied=tuple(candidate(name) for name in chosen.tied),
         runner_up=candidate(chosen.runner_up) if chosen.runner_up else None,
-        median_us=statistics.median(sample.us for sample in winner.samples),
-        peak_bytes=peaks[chosen.winner],
-        oracle_error=winner.oracle_error,
-        oracle_bound=winner.oracle_bound,
-        kernels=tuple(sorted(winner.kernels)),
-        run_id=winner.run_id,
-        date=winner.date,
+        **evidence_of(winner, chosen),
     )
+
+
+def pick_of(records: list[Record]) -> tuple[dict[str, Record], str, verdict.Pick] | None:
+    """Records by candidate, the default's name and the pick; None without the default or without enough pairs."""
+    by_name = {record.candidate: record for record in records if record.samples}
+    default = next((name for name, record in by_name.items() if record.baseline), None)
+    if default is None:
+        return None
+    samples = aligned_records(list(by_name.values()))
+    peaks = {name: record.peak_bytes for name, record in by_name.items() if record.peak_bytes is not None}
+    chosen = verdict.pick(default, samples, peaks, verdict.PICK_ALPHA)
+    if chosen.pairs < stats.pairs_needed(alpha=verdict.PICK_ALPHA, scenarios=max(1, len(samples) - 1)):
+        return None
+    return by_name, default, chosen
+
+
+def evidence_of(winner: Record, chosen: verdict.Pick) -> dict[str, Any]:
+    """The fields of an entry that say how sure the pick is and where it comes from."""
+    if winner.oracle_error is None or winner.oracle_bound is None:
+        raise RecordError(f"run {winner.run_id}: {winner.candidate} has times but no oracle error; it was not checked")
+    return {
+        "pattern": winner.pattern,
+        "pairs": chosen.pairs,
+        "ratio": chosen.ratio,
+        "ratio_low": chosen.ratio_low if chosen.pairs else None,
+        "ratio_high": chosen.ratio_high,
+        "e_value": chosen.e_value if chosen.pairs else None,
+        "median_us": statistics.median(sample.us for sample in winner.samples),
+        "peak_bytes": winner.peak_bytes,
+        "oracle_error": winner.oracle_error,
+        "oracle_bound": winner.oracle_bound,
+        "kernels": tuple(sorted(winner.kernels)),
+        "run_id": winner.run_id,
+        "date": winner.date,
+    }
+
+
+def layer_entries(records: list[Record]) -> list[DispatchEntry]:
+    """Entries of level layer, of one layer's shoot-out: for each operation where the winner differs from the branches'
+    choices. Their figures are the layer's; ``default`` is the branch's choice."""
+    picked = pick_of(records)
+    if picked is None or picked[2].winner == picked[1]:
+        return []
+    by_name, default, chosen = picked
+    winner = by_name[chosen.winner]
+    before, now = (choices_of(by_name[name].parameters) for name in (default, chosen.winner))
+    problems = LayerSizes.of_pattern(winner.pattern).problems(msgspec.convert(winner.problem, SelectionProblem))
+    return [
+        DispatchEntry(
+            **msgspec.structs.asdict(problems[operation]),
+            path=now[operation].path,
+            parameters=now[operation].parameters,
+            default=before[operation],
+            level="layer",
+            **evidence_of(winner, chosen),
+        )
+        for operation in now
+        if now[operation] != before[operation]
+    ]
 
 
 def write_table(path: Path, folder: RunFolder, *, keep: bool) -> tuple[DispatchTable, str]:

@@ -63,8 +63,8 @@ def classify(error: BaseException) -> tuple[Outcome, str]:
 
 
 def open_bench(argument: Any, about: Callable[[str], None], memory_limit_bytes: int) -> Any:
-    """The bench for what is to be prepared: a Trial has the one above, whatever has ``open_bench`` opens its own."""
-    if isinstance(argument, Trial):
+    """The bench for what is to be prepared: a plain Trial has ``Bench``, whatever has ``open_bench`` opens its own."""
+    if type(argument) is Trial:
         return Bench(argument, about, memory_limit_bytes)
     return argument.open_bench(about, memory_limit_bytes)
 

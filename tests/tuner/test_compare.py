@@ -96,7 +96,7 @@ def test_a_change_of_time_gets_its_verdict_and_its_cause(
 
 def test_a_worse_choice_is_told_apart_from_a_slower_kernel(repository: Repository, tmp_path: Path) -> None:
     def another_default(nsa: Path) -> None:
-        replace("dispatch_table.py", ('("cpu", "decode"): "gather"', '("cpu", "decode"): "packed"'))(nsa)
+        replace("dispatch_table.py", ('("cpu", "decode"): ("gather",)', '("cpu", "decode"): ("packed",)'))(nsa)
         cost(kernel=1.06)(nsa)
 
     found = run(repository, tmp_path, another_default).scenarios[0]
@@ -104,6 +104,35 @@ def test_a_worse_choice_is_told_apart_from_a_slower_kernel(repository: Repositor
     assert [change.kind for change in found.changes] == ["choice worse"]
     assert "gather" in found.changes[0].detail
     assert "packed" in found.changes[0].detail
+
+
+BRANCHES = {
+    "window": ({"window": 20}, "sdpa_window"),
+    "compression": ({"kernel_size": 16, "kernel_stride": 8}, "sdpa_compressed"),
+}
+
+
+def branch_scenario(operation: str, path: str = "auto") -> Scenario:
+    ranged = {"form": "ranges", "block_size": 0, "topk": 1, "operation": operation, **BRANCHES[operation][0]}
+    posed = msgspec.structs.replace(scenario(mode="prefill").problem, **ranged)
+    return Scenario(name=f"{operation} {path}", problem=posed, pattern="fixed", path=path)
+
+
+@pytest.mark.parametrize("operation", BRANCHES)
+def test_the_branches_are_compared_as_what_they_are(repository: Repository, tmp_path: Path, operation: str) -> None:
+    path = BRANCHES[operation][1]
+    both = branch_scenario(operation), branch_scenario(operation, path)
+    result = run(repository, tmp_path, cost(kernel=1.06), *both)
+    assert [found.verdict for found in result.scenarios] == ["slower", "slower"]
+    assert all(path in found.changes[0].detail for found in result.scenarios)
+
+
+def test_a_side_that_knows_no_branches_is_unsupported_there(repository: Repository, tmp_path: Path) -> None:
+    older = replace("problem.py", ("    operation: Operation =", "    op: Operation ="), ("self.operation", "self.op"))
+    result = run(repository, tmp_path, older, branch_scenario("window"))
+    assert (result.scenarios[0].verdict, result.scenarios[0].reason) == (
+        "unsupported", "this side dispatches selection alone, not window",
+    )  # fmt: skip
 
 
 def test_a_named_path_is_a_scenario_of_its_own(repository: Repository, tmp_path: Path) -> None:

@@ -132,6 +132,36 @@ def test_a_chunk_of_prefill_reads_at_least_its_own_blocks() -> None:
     assert found == pytest.approx(4 * (256 + 256 * 2 + 256))
 
 
+WINDOW = {"operation": "window", "window": 512, "form": "ranges", "block_size": 0, "topk": 1}
+COMPRESSION = {
+    **{"operation": "compression", "kernel_size": 32, "kernel_stride": 16},
+    **{"form": "ranges", "block_size": 0, "topk": 1},
+}
+
+
+@pytest.mark.parametrize(("sizes", "floor_ms"), [(WINDOW, 1.39), (COMPRESSION, 5.57)])
+def test_the_branches_floors_are_those_of_the_layer_at_64k(sizes: dict[str, Any], floor_ms: float) -> None:
+    found = plot_info.floor_us(problem(65536, "prefill", dtype="bfloat16", **A, **sizes), H200)
+    assert found is not None
+    assert found / 1e3 == pytest.approx(floor_ms, rel=0.005)
+
+
+def test_a_decode_steps_branches_read_their_keys_once() -> None:
+    rates = Rates(flops_per_s=1e30, bytes_per_s=1e6)
+    window = problem(2048, G=1, h=1, Dk=3, Dv=5, **WINDOW)
+    assert plot_info.floor_us(window, rates) == pytest.approx(4 * (3 + 512 * (3 + 5) + 5))
+    compressed = problem(2048, G=1, h=1, Dk=3, Dv=5, **COMPRESSION)
+    assert plot_info.floor_us(compressed, rates) == pytest.approx(4 * (3 + 127 * (3 + 5) + 5))
+
+
+def test_operations_are_families_of_their_own_and_say_what_they_read() -> None:
+    families = [plot_info.family_of(problem(**sizes), "fixed") for sizes in ({}, WINDOW, COMPRESSION)]
+    _, labels = plot_info.family_labels(families)
+    assert len(set(labels.values())) == 3
+    assert "window of 512" in labels[families[1]]
+    assert "compressed by 16, blocks of 32" in labels[families[2]]
+
+
 def test_ranges_have_no_floor_because_their_width_is_not_known() -> None:
     assert plot_info.floor_us(problem(form="ranges", block_size=0), H200) is None
 
