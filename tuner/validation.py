@@ -50,6 +50,13 @@ class TrainingRun(msgspec.Struct, frozen=True, kw_only=True):
     records: tuple[TrainingRecord, ...]
     complete: bool
 
+    @property
+    def label(self) -> str:
+        """Its name, and what tells it from others of that name: a path that was asked for, compilation, batch."""
+        path = self.setup.requested.get("selection", "auto")
+        words = [word for word in (path if path != "auto" else "", "compiled" if self.setup.compiled else "") if word]
+        return " ".join([self.setup.name, *words, f"B{self.setup.batch}"])
+
 
 class Validation(msgspec.Struct, frozen=True, kw_only=True):
     """What is reported on: one device. ``records`` are those that count; ``left_out`` says what does not."""

@@ -151,11 +151,11 @@ def training_section(found: Validation) -> Section:
     for number, run in enumerate(found.training):
         tables += kernel_table(run)
         if len(losses_of(run)) > 1:
-            caption = f"Loss of {run.setup.name} over {len(losses_of(run))} steps; {run.setup.text}"
+            caption = f"Loss of {run.label} over {len(losses_of(run))} steps; {run.setup.text}"
             name = f"loss-{number}-{run.setup.name}"
             figures.append(Figure(name=name, svg=curve_svg(losses_of(run)), caption=caption))
     summary = "; ".join(
-        f"{run.setup.name}: {row[3].text or 'no'} tokens/s, loss {row[4].text}"
+        f"{run.label}: {row[3].text or 'no'} tokens/s, loss {row[4].text}"
         for run, row in zip(found.training, rows, strict=True)
     )
     tables += of_operations
@@ -177,7 +177,7 @@ def training_row(run: TrainingRun) -> tuple[Cell, ...]:
     waits = [record.synchronisations for record in run.records if record.synchronisations is not None]
     kind = f"{setup.parameters / 1e6:.1f}M, {setup.layers} layers, dim {setup.layer['dim']}, {setup.dtype}"
     return cells(
-        f"{setup.name}, {short(run.environment.commit)}", kind + (", compiled" if setup.compiled else ""),
+        f"{run.label}, {short(run.environment.commit)}", kind,
         f"{setup.batch} x {setup.sequence} tokens", rate,
         f"{losses[0]:.3f} to {losses[-1]:.3f}" if losses else "none", verdict_cell(bad[0].outcome) if bad else outcome,
         "" if peak is None else byte_text(peak), "" if left is None else byte_text(left),
@@ -195,7 +195,7 @@ def kernel_table(run: TrainingRun) -> Iterable[Table]:
             cells(kernel.name[:90], kernel.launches, f"{kernel.us / 1e3:.2f}", f"{100 * kernel.us / total:.1f} %")
             for kernel in record.kernels[:KERNELS_SHOWN]
         ]
-        caption = f"One step of {run.setup.name} under a profiler, by kernel"
+        caption = f"One step of {run.label} under a profiler, by kernel"
         columns = ("kernel", "launches", "ms", "share")
         yield Table(caption=caption, columns=columns, rows=tuple(rows), numeric=(1, 2, 3))
 

@@ -103,7 +103,7 @@ def test_each_verdict_of_the_comparison_has_its_recommendation_and_reason(tmp_pa
 TRAININGS: dict[str, tuple[list[Any], str]] = {
     "crash": (
         [reading(0, [], tokens=0, outcome="crash", reason="UnboundLocalError: out")],
-        "training pr31: crash after step 0: UnboundLocalError: out",
+        "training pr31 varlen B1: crash after step 0: UnboundLocalError: out",
     ),
     "another route": (
         [*STEPS[:1], reading(1, [4.0] * 5, executed=[route(path="packed", met=False, reason="swallowed")])],
@@ -294,7 +294,7 @@ def test_every_outcome_verdict_and_section_is_shown(tmp_path: Path, form: str) -
         assert outcome in shown
     for words in (
         "slower", "same within 1 %", "faster", "1.040 [1.0", "pr31", "102,400", "5.500 to 4.200", "580.1", "1500",
-        "NSA_USE_SEL_PACK=1 NSA_USE_SEL_VARLEN=1", "Executed against requested", "varlen, 60 calls", "1 GiB",
+        "NSA_USE_SEL_PACK=1 NSA_USE_SEL_VARLEN=1; overridden: NSA_USE_SEL_PACK", "Executed against requested", "varlen, 60 calls", "1 GiB",
         "0123456789", "merge",
     ):  # fmt: skip
         assert words in shown, words
