@@ -294,7 +294,8 @@ def test_every_outcome_verdict_and_section_is_shown(tmp_path: Path, form: str) -
         assert outcome in shown
     for words in (
         "slower", "same within 1 %", "faster", "1.040 [1.0", "pr31", "102,400", "5.500 to 4.200", "580.1", "1500",
-        "NSA_USE_SEL_PACK=1 NSA_USE_SEL_VARLEN=1; overridden: NSA_USE_SEL_PACK", "Executed against requested", "varlen, 60 calls", "1 GiB",
+        "NSA_USE_SEL_PACK=1 NSA_USE_SEL_VARLEN=1; overridden: NSA_USE_SEL_PACK", "Executed against requested",
+        "varlen, 60 calls", "1 GiB",
         "0123456789", "merge",
     ):  # fmt: skip
         assert words in shown, words
@@ -337,6 +338,13 @@ def test_the_command_writes_both_forms_and_exits_by_its_recommendation(tmp_path:
     empty = CliRunner().invoke(app, ["report", "--records", str(tmp_path / "nowhere"), "--json"])
     assert empty.exit_code == 4
     assert msgspec.json.decode(empty.stdout)["word"] == "undecided"
+
+
+def test_the_newest_run_to_plot_is_a_sweeps_and_no_training_run(tmp_path: Path) -> None:
+    write_training(tmp_path, STEPS)
+    done = CliRunner().invoke(app, ["plot", "--out", str(tmp_path)])
+    assert done.exit_code == 2
+    assert "run 'nsa-tune sweep' first" in done.stderr
 
 
 def test_a_head_without_a_commit_is_named_by_its_folder(tmp_path: Path) -> None:
