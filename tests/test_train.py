@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from nsa.errors import UnsupportedPathError
 from nsa.flags import Flags, read_flags
+from nsa.trace import record_paths
 from tuner.training import WAITS, TrainingLog, host_waits, requested_by
 from tuner.training_record import TrainingFolder, TrainingRecord
 
@@ -81,6 +82,20 @@ def test_ten_steps_at_the_shape_of_pr31_under_its_flags_run_varlen_and_learn(
     assert setup.requested["selection"] == "varlen"
     assert setup.overridden == ("NSA_USE_SEL_PACK",)
     assert setup.flags == PR31_FLAGS
+
+
+def test_compiled_parts_learn_what_the_eager_model_does(example: ModuleType) -> None:
+    losses = []
+    for backend in (None, "eager"):
+        torch.manual_seed(0)
+        model = example.LanguageModel(tiny(example, layers=2), read_flags({}))
+        if backend:
+            model.compile_parts(backend)
+        step = example.training_step(tiny(example, layers=2), model, CPU)
+        with record_paths() as seen:
+            losses.append([float(step()) for _ in range(3)])
+        assert [run.operation for run in seen.executed].count("selection") == 6
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_a_step_reads_nothing_back_to_the_host(example: ModuleType) -> None:
