@@ -14,6 +14,7 @@ from tuner.compare_record import Measured, Pair
 from tuner.compare_report import verdict_text, why
 from tuner.evidence import ratio_text
 from tuner.history import HistoryResult
+from tuner.kernel_kinds import kind_of
 from tuner.marks import CommitScenario
 from tuner.plot_style import byte_text, evidence_text
 from tuner.record import Record, by_problem
@@ -25,7 +26,7 @@ from tuner.validation_layout import TONES, Cell, Figure, Section, Table, cells, 
 from tuner.validation_rules import HOW, losses_of
 from tuner.verdict import Comparison
 
-KERNELS_SHOWN = 10
+KERNELS_SHOWN = 3
 TITLES = {"decode": "Decode", "prefill": "Prefill"}
 
 
@@ -186,17 +187,20 @@ def training_row(run: TrainingRun) -> tuple[Cell, ...]:
 
 
 def kernel_table(run: TrainingRun) -> Iterable[Table]:
-    """What one profiled step spent its time on."""
+    """What one profiled step spent its time on: by kind of work, then the dearest kernels."""
     for record in run.records:
         total = sum(kernel.us for kernel in record.kernels)
         if not total:
             continue
-        rows = [
-            cells(kernel.name[:90], kernel.launches, f"{kernel.us / 1e3:.2f}", f"{100 * kernel.us / total:.1f} %")
-            for kernel in record.kernels[:KERNELS_SHOWN]
-        ]
-        caption = f"One step of {run.label} under a profiler, by kernel"
-        columns = ("kernel", "launches", "ms", "share")
+        kinds: dict[str, tuple[int, float]] = {}
+        for kernel in record.kernels:
+            launches, us = kinds.get(kind_of(kernel.name), (0, 0.0))
+            kinds[kind_of(kernel.name)] = launches + kernel.launches, us + kernel.us
+        shown = [(name, *found) for name, found in sorted(kinds.items(), key=lambda item: -item[1][1])]
+        shown += [(f"dearest: {each.name[:80]}", each.launches, each.us) for each in record.kernels[:KERNELS_SHOWN]]
+        rows = [cells(name, launches, f"{us / 1e3:.2f}", f"{100 * us / total:.1f} %") for name, launches, us in shown]
+        caption = f"One step of {run.label} under a profiler"
+        columns = ("work", "launches", "ms", "share")
         yield Table(caption=caption, columns=columns, rows=tuple(rows), numeric=(1, 2, 3))
 
 

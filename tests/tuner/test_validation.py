@@ -31,6 +31,7 @@ from tests.tuner.validated import (
     write_training,
 )
 from tuner.cli import app
+from tuner.kernel_kinds import kind_of
 from tuner.record import RecordError
 from tuner.trees import Tree
 from tuner.validation import read_validation
@@ -227,6 +228,32 @@ def test_a_line_that_is_no_record_is_named(tmp_path: Path) -> None:
     file.write_text('{"what": 1}\n')
     with pytest.raises(RecordError, match=r"training\.jsonl:1"):
         read_validation(tmp_path)
+
+
+# --- what bounds a step ---
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("nsa_gradient_block", "NSA kernels"),
+        ("void flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<Flash_bwd", "attention"),
+        ("fmha_cutlassB_f32_aligned_64x64_k32_sm80(PyTorchMemEff", "attention"),
+        ("nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_NNT", "matrix products"),
+        ("void gemv2N_kernel<int, int, float, float", "matrix products"),
+        ("void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda(at::T", "copies and casts"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>", "element-wise"),
+        ("void at::native::indexFuncLargeIndex<float, long", "gather and scatter"),
+        ("void at::native::reduce_kernel<512, 1, at::native::ReduceOp<c10::BFloat16", "reductions"),
+        ("triton_poi_fused_add_mul_3", "compiled element-wise"),
+        ("aten::addmm", "matrix products"),
+        ("aten::mul", "element-wise"),
+        ("Memcpy DtoD (Device -> Device)", "copies and casts"),
+        ("something else", "other"),
+    ],
+)
+def test_a_kernels_name_says_what_kind_of_work_it_does(name: str, kind: str) -> None:
+    assert kind_of(name) == kind
 
 
 # --- what is shown ---
