@@ -155,10 +155,9 @@ def training_section(found: Validation) -> Section:
             caption = f"Loss of {run.label} over {len(losses_of(run))} steps; {run.setup.text}"
             name = f"loss-{number}-{run.setup.name}"
             figures.append(Figure(name=name, svg=curve_svg(losses_of(run)), caption=caption))
-    summary = "; ".join(
-        f"{run.label}: {row[3].text or 'no'} tokens/s, loss {row[4].text}"
-        for run, row in zip(found.training, rows, strict=True)
-    )
+    good = sum(1 for row in rows if row[5].text == "ok")
+    best = max(found.training, key=rate_of)
+    summary = f"{good} of {len(rows)} runs ok; fastest: {best.label}, {rate_of(best):,.0f} tokens/s"
     tables += of_operations
     return Section(key="training", title="Training", summary=summary, tables=tuple(tables), figures=tuple(figures))
 
@@ -166,11 +165,11 @@ def training_section(found: Validation) -> Section:
 def training_row(run: TrainingRun) -> tuple[Cell, ...]:
     """Sizes, speed, loss and memory of a run. The first reading, which compiles and allocates, has no speed."""
     setup, losses = run.setup, losses_of(run)
-    rates = [r.tokens_per_s for r in run.records if r.outcome == "ok" and not r.profiled and r.first_step > 0]
+    rates = rates_of(run)
     rate = ""
     if rates:
         spread = f" ({min(rates):,.0f} to {max(rates):,.0f})" if len(rates) > 1 else ""
-        rate = f"{statistics.median(rates):,.0f}{spread}"
+        rate = f"{rate_of(run):,.0f}{spread}"
     bad = [record for record in run.records if record.outcome != "ok"]
     outcome = verdict_cell("ok") if run.complete else Cell("not finished", "open")
     peak = max((r.peak_bytes for r in run.records if r.peak_bytes is not None), default=None)
@@ -184,6 +183,16 @@ def training_row(run: TrainingRun) -> tuple[Cell, ...]:
         "" if peak is None else byte_text(peak), "" if left is None else byte_text(left),
         Cell(str(max(waits)), "bad" if max(waits) else "good") if waits else "",
     )  # fmt: skip
+
+
+def rates_of(run: TrainingRun) -> list[float]:
+    """Tokens per second between readings, but for the first."""
+    return [r.tokens_per_s for r in run.records if r.outcome == "ok" and not r.profiled and r.first_step > 0]
+
+
+def rate_of(run: TrainingRun) -> float:
+    """Their median, 0 where there is none."""
+    return statistics.median(rates_of(run) or [0.0])
 
 
 def kernel_table(run: TrainingRun) -> Iterable[Table]:
