@@ -38,8 +38,9 @@ class CompareRun(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def head(self) -> str:
-        """The commit of the head, or its label."""
-        return self.result.head.commit or self.result.head.label
+        """The head's commit, written as other records write theirs, or its label."""
+        head = self.result.head
+        return head.commit + (f"-dirty-{head.digest[:8]}" if head.dirty else "") if head.commit else head.label
 
 
 class TrainingRun(msgspec.Struct, frozen=True, kw_only=True):

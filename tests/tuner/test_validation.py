@@ -377,4 +377,9 @@ def test_the_newest_run_to_plot_is_a_sweeps_and_no_training_run(tmp_path: Path) 
 def test_a_head_without_a_commit_is_named_by_its_folder(tmp_path: Path) -> None:
     write_compare(tmp_path, compare_lines(), head=Tree(asked="x", folder="exported", digest="abc"))
     assert read_validation(tmp_path).subject == "exported (abc)"
-    assert HEAD.label == "0123456789"
+
+
+def test_a_head_with_uncommitted_changes_is_not_its_commit(tmp_path: Path) -> None:
+    write_good(tmp_path)
+    write_compare(tmp_path, [], head=msgspec.structs.replace(HEAD, dirty=True))
+    assert "a sweep is of 0123456789, the report is about 0123456789+" in texts(recommended(tmp_path))
