@@ -38,6 +38,7 @@ def test_the_wheel_holds_exactly_the_tracked_tables_and_sweeps(wheel):
     sweeps = {Path(name).name for name in wheel if name.startswith("tuner/sweeps/")}
     assert tables == tracked("results/dispatch_tables")
     assert sweeps == tracked("sweeps")
+    assert "tuner/validation.html.j2" in wheel
 
 
 def imported(code: str) -> set[str]:

@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from nsa.errors import UnsupportedPathError
 from nsa.flags import Flags, read_flags
+from nsa.trace import record_paths
 from tuner.training import WAITS, TrainingLog, host_waits, requested_by
 from tuner.training_record import TrainingFolder, TrainingRecord
 
@@ -75,12 +76,26 @@ def test_ten_steps_at_the_shape_of_pr31_under_its_flags_run_varlen_and_learn(
     routes = [route for record in records for route in record.executed]
     assert {route.path for route in routes if route.operation == "selection"} == {"varlen"}
     assert {route.status for route in routes if route.operation == "selection"} == {"forced"}
-    assert {route.path for route in routes if route.operation == "window"} == {"sdpa"}
+    assert not any(route.path.startswith("flash_attn") for route in routes if route.operation == "window")
     assert all(route.met for route in routes)
     setup = folder.setup()
     assert setup.requested["selection"] == "varlen"
     assert setup.overridden == ("NSA_USE_SEL_PACK",)
     assert setup.flags == PR31_FLAGS
+
+
+def test_compiled_parts_learn_what_the_eager_model_does(example: ModuleType) -> None:
+    losses = []
+    for backend in (None, "eager"):
+        torch.manual_seed(0)
+        model = example.LanguageModel(tiny(example, layers=2), read_flags({}))
+        if backend:
+            model.compile_parts(backend)
+        step = example.training_step(tiny(example, layers=2), model, CPU)
+        with record_paths() as seen:
+            losses.append([float(step()) for _ in range(3)])
+        assert [run.operation for run in seen.executed].count("selection") == 6
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_a_step_reads_nothing_back_to_the_host(example: ModuleType) -> None:
@@ -147,7 +162,7 @@ def test_a_loss_that_is_not_finite_is_wrong_and_is_not_a_number(example: ModuleT
 def test_flags_say_what_is_requested_and_a_route_against_them_is_not_met() -> None:
     from tuner.training import met
 
-    flags = read_flags({"NSA_USE_FA2_WIN": "0", "NSA_USE_SEL_PACK": "1"})
+    flags = read_flags({"NSA_USE_FA2_WIN": "0", "NSA_USE_FA2_CMP": "1", "NSA_USE_SEL_PACK": "1"})
     assert requested_by(flags) == {
         "selection": "packed", "compression": "flash_attn where it can run", "window": "not flash_attn",
     }  # fmt: skip
@@ -178,3 +193,12 @@ def test_no_training_step_waits_for_the_gpu(example: ModuleType) -> None:
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_a_read_of_a_loss_is_counted_as_a_wait_on_a_gpu() -> None:
+    device = torch.device("cuda")
+    loss = torch.ones((), device=device)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        loss.item()
+    assert host_waits(profiler, device) == 1

@@ -316,7 +316,8 @@ def plot(run: Path | None, out: Path, to: Path | None) -> None:
     from tuner.plot import draw_run  # matplotlib takes a second to import
     from tuner.table import entries_of
 
-    folder = RunFolder(run) if run else next(reversed(list(run_folders(out / "records"))), None)
+    swept = [found for found in run_folders(out / "records") if found.trials_file.exists()]  # training runs have none
+    folder = RunFolder(run) if run else next(reversed(swept), None)
     if folder is None or not folder.environment_file.exists():
         raise SweepError(f"no run below {run or out / 'records'}; run 'nsa-tune sweep' first")
     figures = draw_run(folder, entries_of(folder.records()[0]), to or folder.path / "figures")

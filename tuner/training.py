@@ -39,7 +39,8 @@ WAITS = {
     "cuda": ("cudaStreamSynchronize", "cudaEventSynchronize"),
 }
 """Kind of device -> what in a profile makes the host wait for it, or would if the operator ran on one."""
-KERNELS_KEPT = 40
+NAME_LENGTH = 240
+"""Of a kernel's name, which may hold all its template arguments."""
 
 
 class TrainingLog:
@@ -198,11 +199,14 @@ def kernels_of(profiler: profile, device: torch.device) -> list[KernelTime]:
     """Kernels of a finished profile by time, the dearest first; operators on a CPU."""
     cuda = device.type == "cuda"
     found = [
-        KernelTime(item.key, item.count, float(item.self_device_time_total if cuda else item.self_cpu_time_total))
+        KernelTime(
+            item.key[:NAME_LENGTH], item.count, float(item.self_device_time_total if cuda else item.self_cpu_time_total)
+        )
         for item in profiler.key_averages()
         if item.device_type == (DeviceType.CUDA if cuda else DeviceType.CPU)
+        if "#" not in item.key and (cuda or "::" in item.key)  # labels that Python code gives itself
     ]
-    return sorted((item for item in found if item.us > 0), key=lambda item: -item.us)[:KERNELS_KEPT]
+    return sorted((item for item in found if item.us > 0), key=lambda item: -item.us)
 
 
 def peak_bytes(device: torch.device) -> int:

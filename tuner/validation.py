@@ -38,8 +38,9 @@ class CompareRun(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def head(self) -> str:
-        """The commit of the head, or its label."""
-        return self.result.head.commit or self.result.head.label
+        """The head's commit, written as other records write theirs, or its label."""
+        head = self.result.head
+        return head.commit + (f"-dirty-{head.digest[:8]}" if head.dirty else "") if head.commit else head.label
 
 
 class TrainingRun(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,6 +50,13 @@ class TrainingRun(msgspec.Struct, frozen=True, kw_only=True):
     setup: TrainingSetup
     records: tuple[TrainingRecord, ...]
     complete: bool
+
+    @property
+    def label(self) -> str:
+        """Its name, and what tells it from others of that name: a path that was asked for, compilation, batch."""
+        path = self.setup.requested.get("selection", "auto")
+        words = [word for word in (path if path != "auto" else "", "compiled" if self.setup.compiled else "") if word]
+        return " ".join([self.setup.name, *words, f"B{self.setup.batch}"])
 
 
 class Validation(msgspec.Struct, frozen=True, kw_only=True):

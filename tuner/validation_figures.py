@@ -69,11 +69,9 @@ def curve_svg(losses: Sequence[float]) -> str:
         f'<text x="{x(step)}" y="{height - 8}" text-anchor="{anchor}">{step + 1}</text>'
         for step, anchor in ((0, "start"), (len(losses) // 2, "middle"), (len(losses) - 1, "end"))
     )
-    return (
-        f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="loss over steps" font-family="sans-serif" '
-        f'font-size="12">{ticks}{steps}<polyline points="{points}" fill="none" stroke="#0072b2" stroke-width="1.6"/>'
-        "</svg>"
-    )
+    head = f'viewBox="0 0 {width} {height}" width="{width}" font-family="sans-serif" font-size="12"'
+    line = f'<polyline points="{points}" fill="none" stroke="#0072b2" stroke-width="1.6"/>'
+    return f'<svg {head} role="img" aria-label="loss over steps">{ticks}{steps}{line}</svg>'
 
 
 def regressions_svgs(found: HistoryResult) -> list[str]:

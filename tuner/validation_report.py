@@ -80,9 +80,8 @@ def as_markdown(document: Document, file: Path) -> str:
     lines = [f"# {document.title}: {document.word}", "", escaped(document.about) + ".", ""]
     lines += [f"- **{word}**: {escaped(text)}" for word, text in document.reasons]
     for section in document.sections:
-        lines += ["", f"## {section.title}", "", escaped(section.summary) + "."]
-        if section.missing:
-            lines += ["", f"No records; made by `{section.missing}`."]
+        how = f"; `{section.missing}` makes them" if section.missing else ""
+        lines += ["", f"## {section.title}", "", escaped(section.summary) + how + "."]
         for table in section.tables:
             lines += ["", f"**{escaped(table.caption)}**", "", *table_lines(table)]
         for figure in section.figures:
@@ -107,8 +106,8 @@ def text_of(cell: Cell) -> str:
 
 
 def escaped(text: str) -> str:
-    """Text that Markdown leaves as it is, on one line."""
-    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", text.replace("\n", " "))
+    """Text that Markdown leaves as it is, on one line. An underscore inside a word means nothing on a forge."""
+    return re.sub(r"([\\`*{}\[\]<>|#]|(?<!\w)_|_(?!\w))", r"\\\1", text.replace("\n", " "))
 
 
 def as_html(document: Document) -> str:

@@ -130,7 +130,7 @@ def own_reason(each: ScenarioResult, result: CompareResult) -> str:
 
 def trained(run: TrainingRun) -> Iterable[Reason]:
     """Of one training run."""
-    name = f"training {run.setup.name}"
+    name = f"training {run.label}"
     for record in run.records:
         if record.outcome != "ok":
             yield Reason(

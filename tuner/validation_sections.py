@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from tuner.plot_style import byte_text
 from tuner.record import Environment, Record
-from tuner.validation import Validation, operation_of, short
+from tuner.validation import TrainingRun, Validation, operation_of, short
 from tuner.validation_layout import Cell, Section, Table, Tone, cells, verdict_cell
 from tuner.validation_rules import FAILED, HOW
 
@@ -33,11 +33,7 @@ def environment_section(found: Validation) -> Section:
         ("device", f"{last.device['name']}, {last.device['units']} {units(last)}"), *joined(environments, "software"),
         *joined(environments, "clocks"),
     ]  # fmt: skip
-    flags = {f"{name}={value}" for run in found.training for name, value in run.setup.flags.items()}
-    overridden = {name for run in found.training for name in run.setup.overridden}
-    facts.append(("flags of training", " ".join(sorted(flags)) or "none set"))
-    if overridden:
-        facts.append(("of these overridden", " ".join(sorted(overridden))))
+    facts += [(f"flags of {run.label}", flags_text(run)) for run in found.training]
     runs = [
         cells(e.run_id, e.tool, name, short(commit), e.date, ended(done)) for e, name, commit, done in listed(found)
     ]
@@ -61,6 +57,13 @@ def listed(found: Validation) -> Iterable[tuple[Environment, str, str, bool]]:
     if found.compare:
         sides = f"{found.compare.result.head.label} against {found.compare.result.base.label}"
         yield found.compare.environment, sides, found.compare.head, found.compare.complete
+
+
+def flags_text(run: TrainingRun) -> str:
+    """The flags of a run; those that lost to another are named."""
+    given = " ".join(f"{name}={value}" for name, value in sorted(run.setup.flags.items()))
+    lost = ", ".join(run.setup.overridden)
+    return (given or "none set") + (f"; overridden: {lost}" if lost else "")
 
 
 def units(environment: Environment) -> str:
@@ -215,7 +218,7 @@ def trained_routes(found: Validation) -> Iterable[tuple[Cell, ...]]:
         for (operation, requested, path, status, reason, met), count in calls.items():
             verdict = Cell("yes", "good") if met else Cell("no", "bad")
             why = "; ".join(filter(None, (status, reason)))
-            yield cells(f"training {run.setup.name}, {operation}", requested, f"{path}, {count} calls", verdict, why)
+            yield cells(f"training {run.label}, {operation}", requested, f"{path}, {count} calls", verdict, why)
 
 
 def memory_section(found: Validation) -> Section:
@@ -226,7 +229,7 @@ def memory_section(found: Validation) -> Section:
     ):
         mine = [r for r in found.records if (operation_of(r), r.path, r.problem["mode"]) == (operation, path, mode)]
         rows.append(cells(f"{operation} {path}", mode, *most(mine)))
-    rows += [cells(f"training {run.setup.name}", run.setup.dtype, *most(run.records)) for run in found.training]
+    rows += [cells(f"training {run.label}", run.setup.dtype, *most(run.records)) for run in found.training]
     if not rows:
         return Section(key="memory", title="Memory and growths", summary="no records", missing=HOW["decode"])
     columns = ("what", "where", "peak of a call or step", "workspace", "growths of the workspace")

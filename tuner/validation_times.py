@@ -14,6 +14,7 @@ from tuner.compare_record import Measured, Pair
 from tuner.compare_report import verdict_text, why
 from tuner.evidence import ratio_text
 from tuner.history import HistoryResult
+from tuner.kernel_kinds import kind_of
 from tuner.marks import CommitScenario
 from tuner.plot_style import byte_text, evidence_text
 from tuner.record import Record, by_problem
@@ -25,7 +26,7 @@ from tuner.validation_layout import TONES, Cell, Figure, Section, Table, cells, 
 from tuner.validation_rules import HOW, losses_of
 from tuner.verdict import Comparison
 
-KERNELS_SHOWN = 10
+KERNELS_SHOWN = 3
 TITLES = {"decode": "Decode", "prefill": "Prefill"}
 
 
@@ -151,13 +152,12 @@ def training_section(found: Validation) -> Section:
     for number, run in enumerate(found.training):
         tables += kernel_table(run)
         if len(losses_of(run)) > 1:
-            caption = f"Loss of {run.setup.name} over {len(losses_of(run))} steps; {run.setup.text}"
+            caption = f"Loss of {run.label} over {len(losses_of(run))} steps; {run.setup.text}"
             name = f"loss-{number}-{run.setup.name}"
             figures.append(Figure(name=name, svg=curve_svg(losses_of(run)), caption=caption))
-    summary = "; ".join(
-        f"{run.setup.name}: {row[3].text or 'no'} tokens/s, loss {row[4].text}"
-        for run, row in zip(found.training, rows, strict=True)
-    )
+    good = sum(1 for row in rows if row[5].text == "ok")
+    best = max(found.training, key=rate_of)
+    summary = f"{good} of {len(rows)} runs ok; fastest: {best.label}, {rate_of(best):,.0f} tokens/s"
     tables += of_operations
     return Section(key="training", title="Training", summary=summary, tables=tuple(tables), figures=tuple(figures))
 
@@ -165,11 +165,11 @@ def training_section(found: Validation) -> Section:
 def training_row(run: TrainingRun) -> tuple[Cell, ...]:
     """Sizes, speed, loss and memory of a run. The first reading, which compiles and allocates, has no speed."""
     setup, losses = run.setup, losses_of(run)
-    rates = [r.tokens_per_s for r in run.records if r.outcome == "ok" and not r.profiled and r.first_step > 0]
+    rates = rates_of(run)
     rate = ""
     if rates:
         spread = f" ({min(rates):,.0f} to {max(rates):,.0f})" if len(rates) > 1 else ""
-        rate = f"{statistics.median(rates):,.0f}{spread}"
+        rate = f"{rate_of(run):,.0f}{spread}"
     bad = [record for record in run.records if record.outcome != "ok"]
     outcome = verdict_cell("ok") if run.complete else Cell("not finished", "open")
     peak = max((r.peak_bytes for r in run.records if r.peak_bytes is not None), default=None)
@@ -177,7 +177,7 @@ def training_row(run: TrainingRun) -> tuple[Cell, ...]:
     waits = [record.synchronisations for record in run.records if record.synchronisations is not None]
     kind = f"{setup.parameters / 1e6:.1f}M, {setup.layers} layers, dim {setup.layer['dim']}, {setup.dtype}"
     return cells(
-        f"{setup.name}, {short(run.environment.commit)}", kind + (", compiled" if setup.compiled else ""),
+        f"{run.label}, {short(run.environment.commit)}", kind,
         f"{setup.batch} x {setup.sequence} tokens", rate,
         f"{losses[0]:.3f} to {losses[-1]:.3f}" if losses else "none", verdict_cell(bad[0].outcome) if bad else outcome,
         "" if peak is None else byte_text(peak), "" if left is None else byte_text(left),
@@ -185,18 +185,31 @@ def training_row(run: TrainingRun) -> tuple[Cell, ...]:
     )  # fmt: skip
 
 
+def rates_of(run: TrainingRun) -> list[float]:
+    """Tokens per second between readings, but for the first."""
+    return [r.tokens_per_s for r in run.records if r.outcome == "ok" and not r.profiled and r.first_step > 0]
+
+
+def rate_of(run: TrainingRun) -> float:
+    """Their median, 0 where there is none."""
+    return statistics.median(rates_of(run) or [0.0])
+
+
 def kernel_table(run: TrainingRun) -> Iterable[Table]:
-    """What one profiled step spent its time on."""
+    """What one profiled step spent its time on: by kind of work, then the dearest kernels."""
     for record in run.records:
         total = sum(kernel.us for kernel in record.kernels)
         if not total:
             continue
-        rows = [
-            cells(kernel.name[:90], kernel.launches, f"{kernel.us / 1e3:.2f}", f"{100 * kernel.us / total:.1f} %")
-            for kernel in record.kernels[:KERNELS_SHOWN]
-        ]
-        caption = f"One step of {run.setup.name} under a profiler, by kernel"
-        columns = ("kernel", "launches", "ms", "share")
+        kinds: dict[str, tuple[int, float]] = {}
+        for kernel in record.kernels:
+            launches, us = kinds.get(kind_of(kernel.name), (0, 0.0))
+            kinds[kind_of(kernel.name)] = launches + kernel.launches, us + kernel.us
+        shown = [(name, *found) for name, found in sorted(kinds.items(), key=lambda item: -item[1][1])]
+        shown += [(f"dearest: {each.name[:80]}", each.launches, each.us) for each in record.kernels[:KERNELS_SHOWN]]
+        rows = [cells(name, launches, f"{us / 1e3:.2f}", f"{100 * us / total:.1f} %") for name, launches, us in shown]
+        caption = f"One step of {run.label} under a profiler"
+        columns = ("work", "launches", "ms", "share")
         yield Table(caption=caption, columns=columns, rows=tuple(rows), numeric=(1, 2, 3))
 
 

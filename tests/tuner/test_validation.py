@@ -31,6 +31,7 @@ from tests.tuner.validated import (
     write_training,
 )
 from tuner.cli import app
+from tuner.kernel_kinds import kind_of
 from tuner.record import RecordError
 from tuner.trees import Tree
 from tuner.validation import read_validation
@@ -103,7 +104,7 @@ def test_each_verdict_of_the_comparison_has_its_recommendation_and_reason(tmp_pa
 TRAININGS: dict[str, tuple[list[Any], str]] = {
     "crash": (
         [reading(0, [], tokens=0, outcome="crash", reason="UnboundLocalError: out")],
-        "training pr31: crash after step 0: UnboundLocalError: out",
+        "training pr31 varlen B1: crash after step 0: UnboundLocalError: out",
     ),
     "another route": (
         [*STEPS[:1], reading(1, [4.0] * 5, executed=[route(path="packed", met=False, reason="swallowed")])],
@@ -229,6 +230,32 @@ def test_a_line_that_is_no_record_is_named(tmp_path: Path) -> None:
         read_validation(tmp_path)
 
 
+# --- what bounds a step ---
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("nsa_gradient_block", "NSA kernels"),
+        ("void flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<Flash_bwd", "attention"),
+        ("fmha_cutlassB_f32_aligned_64x64_k32_sm80(PyTorchMemEff", "attention"),
+        ("nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_NNT", "matrix products"),
+        ("void gemv2N_kernel<int, int, float, float", "matrix products"),
+        ("void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda(at::T", "copies and casts"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>", "element-wise"),
+        ("void at::native::indexFuncLargeIndex<float, long", "gather and scatter"),
+        ("void at::native::reduce_kernel<512, 1, at::native::ReduceOp<c10::BFloat16", "reductions"),
+        ("triton_poi_fused_add_mul_3", "compiled element-wise"),
+        ("aten::addmm", "matrix products"),
+        ("aten::mul", "element-wise"),
+        ("Memcpy DtoD (Device -> Device)", "copies and casts"),
+        ("something else", "other"),
+    ],
+)
+def test_a_kernels_name_says_what_kind_of_work_it_does(name: str, kind: str) -> None:
+    assert kind_of(name) == kind
+
+
 # --- what is shown ---
 
 
@@ -294,7 +321,8 @@ def test_every_outcome_verdict_and_section_is_shown(tmp_path: Path, form: str) -
         assert outcome in shown
     for words in (
         "slower", "same within 1 %", "faster", "1.040 [1.0", "pr31", "102,400", "5.500 to 4.200", "580.1", "1500",
-        "NSA_USE_SEL_PACK=1 NSA_USE_SEL_VARLEN=1", "Executed against requested", "varlen, 60 calls", "1 GiB",
+        "NSA_USE_SEL_PACK=1 NSA_USE_SEL_VARLEN=1; overridden: NSA_USE_SEL_PACK", "Executed against requested",
+        "varlen, 60 calls", "1 GiB",
         "0123456789", "merge",
     ):  # fmt: skip
         assert words in shown, words
@@ -339,7 +367,19 @@ def test_the_command_writes_both_forms_and_exits_by_its_recommendation(tmp_path:
     assert msgspec.json.decode(empty.stdout)["word"] == "undecided"
 
 
+def test_the_newest_run_to_plot_is_a_sweeps_and_no_training_run(tmp_path: Path) -> None:
+    write_training(tmp_path, STEPS)
+    done = CliRunner().invoke(app, ["plot", "--out", str(tmp_path)])
+    assert done.exit_code == 2
+    assert "run 'nsa-tune sweep' first" in done.stderr
+
+
 def test_a_head_without_a_commit_is_named_by_its_folder(tmp_path: Path) -> None:
     write_compare(tmp_path, compare_lines(), head=Tree(asked="x", folder="exported", digest="abc"))
     assert read_validation(tmp_path).subject == "exported (abc)"
-    assert HEAD.label == "0123456789"
+
+
+def test_a_head_with_uncommitted_changes_is_not_its_commit(tmp_path: Path) -> None:
+    write_good(tmp_path)
+    write_compare(tmp_path, [], head=msgspec.structs.replace(HEAD, dirty=True))
+    assert "a sweep is of 0123456789, the report is about 0123456789+" in texts(recommended(tmp_path))
