@@ -56,8 +56,8 @@ def nsa_gradient_block(
     DK1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BS: tl.constexpr, TENSOR_LENGTH: tl.constexpr,
     TOKENS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * G * item_slots,): item i of the span of each (b, g). Scores stand transposed, (keys, rows), so that
-    they enter the key and value products without a transposition."""
+    """Grid (B * G * item_slots,): item i of the span of each (b, g). Scores stand transposed, (keys, rows): they enter
+    the key and value products from registers, and every product has 64 or more rows of keys or head dim."""
     pid = tl.program_id(0)
     bg = pid // item_slots
     i = pid % item_slots
@@ -76,11 +76,11 @@ def nsa_gradient_block(
         keys = tl.arange(0, BS)
         columns0 = tl.arange(0, DK0)
         columns = tl.arange(0, DVP)
-        k0 = load_rows(K, b, g, first, length - first, skb, skg, skt, 0, DK, DK0, BS, False)
+        k0 = load_rows(K, b, g, first, length - first, skb, skg, skt, 0, DK, DK0, BS, False, False)
         k1 = k0
         if DK1 > 0:
-            k1 = load_rows(K, b, g, first, length - first, skb, skg, skt, DK0, DK, DK1, BS, False)
-        v = load_rows(V, b, g, first, length - first, svb, svg, svt, 0, DV, DVP, BS, False)
+            k1 = load_rows(K, b, g, first, length - first, skb, skg, skt, DK0, DK, DK1, BS, False, False)
+        v = load_rows(V, b, g, first, length - first, svb, svg, svt, 0, DV, DVP, BS, False, False)
         dk0 = tl.zeros([BS, DK0], tl.float32)
         dk1 = tl.zeros([BS, DK1 if DK1 > 0 else 16], tl.float32)
         dv = tl.zeros([BS, DVP], tl.float32)
@@ -108,19 +108,18 @@ def nsa_gradient_block(
             slope = (weight * (slope - delta[None, :])).to(q0.dtype)
             dk0 = tl.dot(slope, q0, dk0, input_precision="ieee")
             target = (pair - span * (SPAN * NP)).to(tl.int64) + bg.to(tl.int64) * (SPAN * NP)
-            target = (target * H + head)[:, None] * DK
-            turned = tl.trans(slope)
-            dq0 = tl.dot(turned, k0, input_precision="ieee")
-            keep = there[:, None]
+            target = (target * H + head)[None, :] * DK
+            dq0 = tl.dot(tl.trans(k0), slope, input_precision="ieee")
+            keep = there[None, :]
             if DK0 > DK:
-                keep = keep & (columns0 < DK)[None, :]
-            tl.store(PART_Q + target + columns0[None, :], dq0.to(PART_Q.dtype.element_ty), mask=keep)
+                keep = keep & (columns0 < DK)[:, None]
+            tl.store(PART_Q + target + columns0[:, None], dq0.to(PART_Q.dtype.element_ty), mask=keep)
             if DK1 > 0:
                 dk1 = tl.dot(slope, q1, dk1, input_precision="ieee")
-                dq1 = tl.dot(turned, k1, input_precision="ieee")
+                dq1 = tl.dot(tl.trans(k1), slope, input_precision="ieee")
                 columns1 = DK0 + tl.arange(0, DK1)
-                tl.store(PART_Q + target + columns1[None, :], dq1.to(PART_Q.dtype.element_ty),
-                         mask=there[:, None] & (columns1 < DK)[None, :])  # fmt: skip
+                tl.store(PART_Q + target + columns1[:, None], dq1.to(PART_Q.dtype.element_ty),
+                         mask=there[None, :] & (columns1 < DK)[:, None])  # fmt: skip
         part = PART_KV + (pid.to(tl.int64) * BS + keys)[:, None] * (DK + DV)
         tl.store(part + columns0[None, :], dk0, mask=(columns0 < DK)[None, :])
         if DK1 > 0:
@@ -137,6 +136,7 @@ def nsa_gradient_query(
 ):  # fmt: skip
     """Grid (B * G * tiles,): a row's query gradient is ``scale`` times the sum of its partials."""
     tiles: tl.constexpr = (SPAN + TILE - 1) // TILE
+    UNROLL: tl.constexpr = min(N, 8)
     pid = tl.program_id(0)
     bg = (pid // tiles).to(tl.int64)
     local = (pid % tiles) * TILE + tl.arange(0, TILE)
@@ -148,7 +148,7 @@ def nsa_gradient_query(
     chosen = tl.load(CHOSEN + bg * S + s, mask=s < S, other=0)
     place = (bg * SPAN + local) * NP
     total = tl.zeros([TILE, HP, DKP], tl.float32)
-    for slot in tl.range(0, N, loop_unroll_factor=4):
+    for slot in tl.range(0, N, loop_unroll_factor=UNROLL):
         here = (((chosen >> slot) & 1) == 1)[:, None] & real
         source = ((place + slot)[:, None] * H + heads[None, :]) * DK
         part = tl.load(PART_Q + source[:, :, None] + columns[None, None, :], mask=here[:, :, None] & inside, other=0.0)
@@ -205,12 +205,13 @@ def backward(
     logsum: Tensor,
     grad: Tensor,
     *,
-    backward_rows: ParameterValue = 64,
+    backward_rows: ParameterValue = 32,
     backward_item_rows: ParameterValue = 2048,
     backward_span: ParameterValue = 16384,
     backward_partial: ParameterValue = "value",
-    backward_warps: ParameterValue = 8,
-    backward_stages: ParameterValue = 2,
+    backward_warps: ParameterValue = 4,
+    backward_stages: ParameterValue = 3,
+    backward_registers: ParameterValue = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; ``out`` (B, S, G, h, Dv) and ``logsum`` (B, S, G, h) are the forward's."""
     batch, queries, groups, heads, width = query.shape
@@ -218,7 +219,9 @@ def backward(
     constants = shape_constants(query, value, selection)
     padded = int(constants["HP"])
     tokens = max(1, int(backward_rows) // padded)
-    lists = invert(selection, keys, span=int(backward_span), item_tokens=max(tokens, int(backward_item_rows) // padded))
+    lists = invert(
+        selection, keys, span=int(backward_span), item_tokens=max(tokens, int(backward_item_rows) // padded)
+    )
     grad = grad.contiguous()
     delta = torch.empty_like(logsum)
     nsa_gradient_delta[(triton.cdiv(logsum.numel(), 32),)](
@@ -241,9 +244,11 @@ def backward(
             part_query, part_keys, queries, keys, groups, lists.spans, span, lists.item_slots, scale * LOG2E,
             *position_strides, *query.stride()[:4], *key.stride()[:3], *value.stride()[:3],
             **constants, TOKENS=tokens, SPAN=lists.span_tokens,
-            num_warps=int(backward_warps), num_stages=int(backward_stages),
+            num_warps=int(backward_warps), num_stages=int(backward_stages), maxnreg=int(backward_registers) or None,
         )  # fmt: skip
-        _reduce(query_grad, key_grad, value_grad, part_query, part_keys, lists, span, scale, constants, queries, keys)
+        _reduce(
+            query_grad, key_grad, value_grad, part_query, part_keys, lists, span, scale, constants, queries, keys
+        )
     return query_grad, key_grad.to(key.dtype), value_grad.to(value.dtype)
 
 

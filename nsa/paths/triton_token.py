@@ -18,12 +18,11 @@ from .base import Evidence, Parameter, Parameters
 def tunables(problem: SelectionProblem, device: torch.device) -> tuple[Parameter, ...]:
     """``warps`` and ``stages`` of the kernel; ``order``: which neighbours run together, tokens of one ``group`` or
     groups of one ``token``; ``loads`` of keys and values; in mode train the backward's."""
-    descriptor = support.loads_reason("triton_token", "descriptor", problem, device) is None
     return (
         Parameter("warps", (1, 2, 4, 8), 4),
         Parameter("stages", (2, 3, 4), 2),
         Parameter("order", ("group", "token"), "group"),
-        Parameter("loads", ("pointer", "descriptor") if descriptor else ("pointer",), "pointer"),
+        Parameter(**support.loads_ladder("triton_token", problem, device)),
         *(Parameter(**ladder) for ladder in support.backward_ladders(problem)),
     )
 
@@ -35,7 +34,9 @@ def unsupported(problem: SelectionProblem, device: torch.device, parameters: Par
     if reason := support.loads_reason("triton_token", str(parameters.get("loads", "pointer")), problem, device):
         return reason
     needed = int(parameters.get("stages", 2)) * support.block_bytes(problem)
-    return support.shared_reason("triton_token", needed) or support.backward_reason("triton_token", problem, parameters)
+    return support.shared_reason("triton_token", needed) or support.backward_reason(
+        "triton_token", problem, parameters
+    )
 
 
 def evidence(
