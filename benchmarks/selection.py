@@ -65,9 +65,20 @@ SHAPES = {
     shape.name: shape
     for shape in (
         Shape("A-16k", 1, 16384, 16384, 4, 16, 128, 128),
-        Shape("A-16k-scored", 1, 16384, 16384, 4, 16, 128, 128, "scored", skip=("triton_token", "backward")),
-        Shape("A-16k-smooth", 1, 16384, 16384, 4, 16, 128, 128, "smooth", skip=("triton_token", "backward")),
-        Shape("A-4k", 1, 4096, 4096, 4, 16, 128, 128, skip=("triton_token",)),
+        Shape("A-16k-scored", 1, 16384, 16384, 4, 16, 128, 128, "scored", skip=("triton_token", "triton_block")),
+        Shape(
+            "A-16k-smooth",
+            1,
+            16384,
+            16384,
+            4,
+            16,
+            128,
+            128,
+            "smooth",
+            skip=("triton_token", "triton_block", "backward"),
+        ),
+        Shape("A-4k", 1, 4096, 4096, 4, 16, 128, 128, skip=("triton_token", "triton_block")),
         Shape("A-1k", 1, 1024, 1024, 4, 16, 128, 128, skip=("triton_token", "triton_block")),
         Shape("A-64k", 1, 65536, 65536, 4, 16, 128, 128, skip=("triton_token",)),
         Shape("A-64k-scored", 1, 65536, 65536, 4, 16, 128, 128, "scored", skip=("triton_token", "backward")),
@@ -208,28 +219,54 @@ def gradient_error(case: Case, grads: tuple[torch.Tensor, ...]) -> float:
 
 FORWARD: dict[str, list[dict[str, Any]]] = {
     "triton_token": [
-        {"warps": w, "stages": s, "order": o, "loads": loads}
-        for w, s, o, loads in ((2, 3, "group", "descriptor"), (4, 3, "group", "descriptor"), (4, 3, "token", "pointer"))
-    ],
-    "triton_union": [
-        {"tokens": t, "step": step, "warps": w, "stages": s, "loads": "descriptor"}
-        for t, step, w, s in ((4, 32, 4, 3), (4, 32, 4, 2), (4, 64, 4, 2), (8, 32, 8, 3), (8, 64, 8, 2))
-    ],
-    "triton_block": [
-        {"span": span, "rows": r, "item_rows": i, "ring": ring, "warps": 4, "stages": s, "registers": n, "loads": loads}
-        for span, r, i, ring, s, n, loads in (
-            (512, 64, 256, 3, 3, 0, "pointer"), (512, 64, 512, 3, 3, 0, "pointer"),
-            (512, 64, 512, 3, 1, 128, "pointer"), (512, 64, 512, 3, 3, 128, "descriptor"),
-            (512, 64, 512, 3, 1, 128, "descriptor"), (512, 64, 512, 2, 3, 0, "pointer"),
-            (512, 64, 512, 8, 3, 0, "pointer"), (512, 128, 512, 3, 3, 0, "pointer"),
-            (1024, 64, 512, 3, 3, 0, "pointer"), (4096, 64, 512, 3, 3, 0, "pointer"),
+        {"step": k, "warps": w, "stages": s, "order": "group", "loads": loads}
+        for k, w, s, loads in (
+            (64, 2, 3, "descriptor"),
+            (32, 1, 3, "descriptor"),
+            (32, 1, 4, "descriptor"),
+            (32, 2, 3, "descriptor"),
+            (16, 1, 4, "descriptor"),
+            (64, 1, 2, "descriptor"),
+            (64, 4, 2, "pointer"),
         )
     ],
-}  # fmt: skip
+    "triton_union": [
+        {"tokens": t, "step": step, "warps": w, "stages": s, "loads": loads}
+        for t, step, w, s, loads in (
+            (4, 32, 4, 3, "descriptor"),
+            (4, 32, 4, 2, "descriptor"),
+            (4, 64, 4, 2, "descriptor"),
+            (4, 32, 4, 3, "pointer"),
+            (4, 32, 4, 4, "descriptor"),
+            (2, 32, 4, 3, "descriptor"),
+            (2, 64, 4, 2, "descriptor"),
+            (8, 32, 8, 3, "descriptor"),
+            (8, 64, 8, 2, "descriptor"),
+            (8, 64, 4, 2, "descriptor"),
+            (8, 32, 4, 3, "descriptor"),
+            (16, 32, 4, 3, "descriptor"),
+            (16, 64, 4, 2, "descriptor"),
+        )
+    ],
+    "triton_block": [
+        {"span": span, "rows": r, "item_rows": i, "warps": w, "stages": s, "loads": loads}
+        for span, r, i, w, s, loads in (
+            (8192, 64, 512, 4, 3, "pointer"),
+            (8192, 64, 512, 4, 2, "pointer"),
+            (8192, 64, 1024, 4, 3, "pointer"),
+            (8192, 128, 512, 8, 3, "pointer"),
+            (8192, 128, 512, 4, 2, "pointer"),
+            (8192, 64, 512, 4, 3, "descriptor"),
+            (2048, 64, 512, 4, 3, "pointer"),
+            (32768, 64, 512, 4, 3, "pointer"),
+        )
+    ],
+}
 BACKWARD = [
     {"backward_rows": r, "backward_item_rows": i, "backward_warps": w, "backward_stages": s}
     for r, i, w, s in (
         (32, 2048, 4, 3), (32, 2048, 4, 2), (32, 4096, 4, 3), (64, 2048, 8, 3), (64, 2048, 8, 2), (32, 2048, 8, 3),
+        (32, 1024, 4, 3), (32, 2048, 4, 4), (64, 2048, 4, 3),
     )
 ]  # fmt: skip
 DECODE = [
@@ -237,6 +274,7 @@ DECODE = [
     for n, c, w, s in (
         (1, "inside", 4, 3), (2, "inside", 4, 3), (2, "inside", 4, 2), (4, "inside", 4, 2), (8, "inside", 4, 2),
         (16, "inside", 4, 2), (8, "launch", 4, 2), (4, "launch", 4, 3), (16, "inside", 8, 2), (8, "inside", 8, 2),
+        (16, "inside", 2, 2), (8, "inside", 2, 3), (16, "launch", 4, 2), (4, "inside", 2, 3),
     )
 ]  # fmt: skip
 

@@ -19,6 +19,7 @@ from .layout import (
     NONE,
     attend,
     context_length,
+    count_entries,
     finish,
     first_entries,
     key_count,
@@ -136,7 +137,8 @@ def nsa_decode_forward(
     if DK1 > 0:
         q1 = load_query(base, heads, heads * sqh, heads < H, DK0, DK, DK1)
     out, top, total = attend(
-        q0, q1, e0, e1, e2, e3, heads, limit, K0, K1, V, b, g, length, scale2,
+        q0, q1, None, count_entries(e0, e1, e2, e3, CHUNKS), e0, e1, e2, e3, heads, limit,
+        K0, K1, V, b, g, length, scale2,
         skb, skg, skt, svb, svg, svt,
         M, 0, CHUNKS, DK, DK0, DK1, DV, DVP, BS, BS, DESCRIPTOR, TENSOR_LENGTH,
     )  # fmt: skip

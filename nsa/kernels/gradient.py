@@ -219,9 +219,7 @@ def backward(
     constants = shape_constants(query, value, selection)
     padded = int(constants["HP"])
     tokens = max(1, int(backward_rows) // padded)
-    lists = invert(
-        selection, keys, span=int(backward_span), item_tokens=max(tokens, int(backward_item_rows) // padded)
-    )
+    lists = invert(selection, keys, span=int(backward_span), item_tokens=max(tokens, int(backward_item_rows) // padded))
     grad = grad.contiguous()
     delta = torch.empty_like(logsum)
     nsa_gradient_delta[(triton.cdiv(logsum.numel(), 32),)](
@@ -246,9 +244,7 @@ def backward(
             **constants, TOKENS=tokens, SPAN=lists.span_tokens,
             num_warps=int(backward_warps), num_stages=int(backward_stages), maxnreg=int(backward_registers) or None,
         )  # fmt: skip
-        _reduce(
-            query_grad, key_grad, value_grad, part_query, part_keys, lists, span, scale, constants, queries, keys
-        )
+        _reduce(query_grad, key_grad, value_grad, part_query, part_keys, lists, span, scale, constants, queries, keys)
     return query_grad, key_grad.to(key.dtype), value_grad.to(value.dtype)
 
 
@@ -267,7 +263,7 @@ def _reduce(
 ) -> None:
     batch, _, groups, heads, width = query_grad.shape
     padded, width_padded = constants["HP"], power_of_two(width, 16)
-    tile = max(1, 2048 // (padded * width_padded))
+    tile = min(lists.span_tokens, max(1, 2048 // (padded * width_padded)))
     nsa_gradient_query[(batch * groups * triton.cdiv(lists.span_tokens, tile),)](
         part_query, lists.chosen, query_grad, queries, groups, span, scale, H=heads, HP=padded, N=constants["N"],
         NP=constants["NP"], DK=width, DKP=width_padded, TILE=tile, SPAN=lists.span_tokens, num_warps=4,

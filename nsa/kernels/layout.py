@@ -139,6 +139,8 @@ def load_query(base, rows, offsets, mask, COLUMN: tl.constexpr, WIDTH: tl.conste
 def attend(
     q0,
     q1,
+    LIST,
+    count,
     e0,
     e1,
     e2,
@@ -171,7 +173,8 @@ def attend(
     DESCRIPTOR: tl.constexpr,
     TENSOR_LENGTH: tl.constexpr,
 ):
-    """Online softmax of M query rows over the entries held in registers, in ascending order.
+    """Online softmax of M query rows over ``count`` entries in ascending order: of LIST, or, without one, those held
+    in the registers ``e0`` to ``e3``.
 
     An entry is ``block << TOKENS | bits`` where bit i says that token i of the tile chose the block; with TOKENS 0 it
     is the block and every row chose it. ``member`` (M,) is each row's token, ``limit`` (M,) or scalar its limit.
@@ -185,14 +188,13 @@ def attend(
     keys = tl.arange(0, STEP)
     parts: tl.constexpr = BS // STEP
     last = -1
-    for i in range(count_entries(e0, e1, e2, e3, CHUNKS) * parts):
-        entry = next_entry(e0, e1, e2, e3, last, CHUNKS)
-        first = (entry >> TOKENS) * BS
-        if parts > 1:
-            first += (i % parts) * STEP
-            last = tl.where(i % parts == parts - 1, entry, last)
+    for i in range(count * parts):
+        if LIST is not None:
+            entry = tl.load(LIST + i // parts)
         else:
-            last = entry
+            entry = next_entry(e0, e1, e2, e3, last, CHUNKS)
+            last = tl.where(i % parts == parts - 1, entry, last)
+        first = (entry >> TOKENS) * BS + (i % parts) * STEP
         k0 = load_rows(K0, b, g, first, length - first, skb, skg, skt, 0, DK, DK0, STEP, DESCRIPTOR, False)
         score = tl.dot(q0, tl.trans(k0), input_precision="ieee")
         if DK1 > 0:

@@ -113,6 +113,11 @@ def padded(size: int, least: int = 1) -> int:
     return max(least, 1 << (size - 1).bit_length())
 
 
+def parts(size: int, part: int) -> int:
+    """How many parts of ``part`` cover ``size``."""
+    return -(-size // part)
+
+
 def block_bytes(problem: SelectionProblem) -> int:
     """Bytes of one block's keys and values as kernels hold them."""
     return problem.block_size * (padded(problem.Dk, 16) + padded(problem.Dv, 16)) * problem.item_bytes

@@ -17,6 +17,7 @@ from .layout import (
     LOG2E,
     attend,
     context_length,
+    count_entries,
     finish,
     first_entries,
     key_count,
@@ -72,6 +73,7 @@ def nsa_token_forward(
     BS: tl.constexpr,
     TENSOR_LENGTH: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
+    STEP: tl.constexpr,
     GROUP_FIRST: tl.constexpr,
 ):
     """Grid (B * S * G,). With GROUP_FIRST neighbours in the grid are groups of one token, else tokens of one group."""
@@ -107,9 +109,10 @@ def nsa_token_forward(
     if DK1 > 0:
         q1 = load_query(base, heads, heads * sqh, heads < H, DK0, DK, DK1)
     out, top, total = attend(
-        q0, q1, e0, e1, e2, e3, heads, limit, K0, K1, V, b, g, length, scale2,
+        q0, q1, None, count_entries(e0, e1, e2, e3, CHUNKS), e0, e1, e2, e3, heads, limit,
+        K0, K1, V, b, g, length, scale2,
         skb, skg, skt, svb, svg, svt,
-        M, 0, CHUNKS, DK, DK0, DK1, DV, DVP, BS, BS, DESCRIPTOR, TENSOR_LENGTH,
+        M, 0, CHUNKS, DK, DK0, DK1, DV, DVP, BS, STEP, DESCRIPTOR, TENSOR_LENGTH,
     )  # fmt: skip
     out, logsum = finish(out, top, total, scale2)
     place = ((b.to(tl.int64) * S + s) * G + g) * H
@@ -129,6 +132,7 @@ def forward(
     scale: float,
     logsum: Tensor | None,
     *,
+    step: ParameterValue,
     warps: ParameterValue,
     stages: ParameterValue,
     order: ParameterValue,
@@ -137,15 +141,16 @@ def forward(
     """Output (B, S, G, h, Dv); fills ``logsum`` (B, S, G, h) float32 if given. Shapes as in ``nsa.problem``."""
     batch, queries, groups, heads, _ = query.shape
     out = torch.empty((batch, queries, groups, heads, value.shape[3]), dtype=value.dtype, device=value.device)
-    name = call_key(query, key, value, selection, logsum is None, warps, stages, order, loads)
+    keys = min(int(step), selection.block_size)
+    name = call_key(query, key, value, selection, logsum is None, keys, warps, stages, order, loads)
     plan = PLANS.get(name)
     if plan is None:
         unit_last(query, "query")
         constants = shape_constants(query, value, selection)
-        constants |= {"DESCRIPTOR": loads == "descriptor", "GROUP_FIRST": order == "group"}
+        constants |= {"DESCRIPTOR": loads == "descriptor", "STEP": keys, "GROUP_FIRST": order == "group"}
         options = {"num_warps": int(warps), "num_stages": int(stages)}
         plan = PLANS.add(name, Plan(nsa_token_forward, constants, options))
-    sources = key_sources(key, value, selection, plan.constants, str(loads))
+    sources = key_sources(key, value, selection, plan.constants, str(loads), keys)
     length, positions, *position_strides = selection_arguments(selection)
     plan(
         batch * queries * groups,

@@ -37,8 +37,8 @@ def nsa_union_entries(
     X, LENGTH, POSITION, ENTRIES, S, T, G, spb, sps, sxb, sxs, sxg, sxn,
     N: tl.constexpr, NP: tl.constexpr, BS: tl.constexpr, TENSOR_LENGTH: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * G * tiles,): of each tile's slots, numbered token by token, ``block << TOKENS | bits`` where a block
-    stands first, else NONE. Bit i of ``bits`` says that token i of the tile chose the block. One warp: no barriers."""
+    """Grid (B * G * tiles,): a tile's union, ascending, ``block << TOKENS | bits``, NONE where it has ended; behind all
+    unions their sizes. Bit i of ``bits`` says that token i of the tile chose the block. One warp: no barriers."""
     pid = tl.program_id(0)
     tiles = tl.cdiv(S, TOKENS)
     tile = pid % tiles
@@ -66,8 +66,10 @@ def nsa_union_entries(
         found = where < (other + 1) * NP
         bits |= found.to(tl.int32) << other
         seen |= found & (where < places)
-    entry = tl.where((entry >= 0) & (seen == 0), (entry << TOKENS) | bits, NONE)
+    entry = tl.sort(tl.where((entry >= 0) & (seen == 0), (entry << TOKENS) | bits, NONE))
     tl.store(ENTRIES + pid.to(tl.int64) * (TOKENS * NP) + places, entry)
+    sizes = ENTRIES + tl.num_programs(0).to(tl.int64) * (TOKENS * NP)
+    tl.store(sizes + pid, tl.sum((entry != NONE).to(tl.int32), 0))
 
 
 @triton.jit(do_not_specialize=["LENGTH", "S", "T"])
@@ -114,8 +116,6 @@ def nsa_union_forward(
 ):
     """Grid (B * G * tiles,), tiles of TOKENS tokens, of one group beside each other, last (longest) tiles first."""
     M: tl.constexpr = TOKENS * HP
-    CHUNKS: tl.constexpr = max(TOKENS * NP // 32, 1)
-    CHUNK_SIZE: tl.constexpr = min(TOKENS * NP, 32)
     pid = tl.program_id(0)
     tiles = tl.cdiv(S, TOKENS)
     tile = tiles - 1 - pid % tiles
@@ -129,16 +129,9 @@ def nsa_union_forward(
     full = context_length(LENGTH, b, TENSOR_LENGTH)
     s = tl.minimum(tile * TOKENS + member, S - 1)
     limit = row_limit(POSITION, b, s, length, full, S, spb, sps)
-    entries = ENTRIES + ((b * G + g).to(tl.int64) * tiles + tile) * (TOKENS * NP) + tl.arange(0, CHUNK_SIZE)
-    e0 = tl.load(entries)
-    e1 = e0
-    e2 = e0
-    e3 = e0
-    if CHUNKS > 1:
-        e1 = tl.load(entries + CHUNK_SIZE)
-    if CHUNKS > 2:
-        e2 = tl.load(entries + 2 * CHUNK_SIZE)
-        e3 = tl.load(entries + 3 * CHUNK_SIZE)
+    place = ((b * G + g) * tiles + tile).to(tl.int64)
+    entries = ENTRIES + place * (TOKENS * NP)
+    size = tl.load(ENTRIES + tl.num_programs(0).to(tl.int64) * (TOKENS * NP) + place)
     there = (tile * TOKENS + member < S) & (head < H)
     base = Q + b.to(tl.int64) * sqb + g.to(tl.int64) * sqg + (tile * TOKENS).to(tl.int64) * sqs
     q0 = load_query(base, rows, member * sqs + head * sqh, there, 0, DK, DK0)
@@ -146,9 +139,9 @@ def nsa_union_forward(
     if DK1 > 0:
         q1 = load_query(base, rows, member * sqs + head * sqh, there, DK0, DK, DK1)
     out, top, total = attend(
-        q0, q1, e0, e1, e2, e3, member, limit, K0, K1, V, b, g, length, scale2,
+        q0, q1, entries, size, size, size, size, size, member, limit, K0, K1, V, b, g, length, scale2,
         skb, skg, skt, svb, svg, svt,
-        M, TOKENS, CHUNKS, DK, DK0, DK1, DV, DVP, BS, STEP, DESCRIPTOR, TENSOR_LENGTH,
+        M, TOKENS, 0, DK, DK0, DK1, DV, DVP, BS, STEP, DESCRIPTOR, TENSOR_LENGTH,
     )  # fmt: skip
     out, logsum = finish(out, top, total, scale2)
     row = ((b.to(tl.int64) * S + tile * TOKENS) * G + g) * H
@@ -191,7 +184,7 @@ def forward(
     length, positions, *position_strides = selection_arguments(selection)
     blocks, constants = selection.blocks, plan.constants
     tiles = batch * groups * triton.cdiv(queries, int(tokens))
-    entries = torch.empty(tiles * int(tokens) * constants["NP"], dtype=torch.int32, device=value.device)
+    entries = torch.empty(tiles * (int(tokens) * constants["NP"] + 1), dtype=torch.int32, device=value.device)
     listing = LISTINGS.get(name)
     if listing is None:
         wanted = {field: constants[field] for field in ("N", "NP", "BS", "TENSOR_LENGTH", "TOKENS")}

@@ -1,6 +1,6 @@
 """PATHS: every way to run selection, by name. A literal; a new path is a new file and a new entry."""
 
-from . import dense, flex, gather, packed, reference, triton_decode, triton_token, triton_union, varlen
+from . import dense, flex, gather, packed, reference, triton_block, triton_decode, triton_token, triton_union, varlen
 from .base import Candidate, Evidence, Parameter, SelectionPath
 
 __all__ = ["PATHS", "Candidate", "Evidence", "Parameter", "SelectionPath"]
@@ -87,6 +87,16 @@ PATHS: dict[str, SelectionPath] = {
         tunables=triton_union.tunables,
         unsupported=triton_union.unsupported,
         evidence=triton_union.evidence,
+    ),
+    "triton_block": SelectionPath(
+        name="triton_block",
+        target=".triton_block:run",
+        summary="one Triton program per block and rows that chose it, partials merged per row",
+        modes=("prefill", "train"),
+        deterministic=True,
+        tunables=triton_block.tunables,
+        unsupported=triton_block.unsupported,
+        evidence=triton_block.evidence,
     ),
     "triton_decode": SelectionPath(
         name="triton_decode",

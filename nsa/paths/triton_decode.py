@@ -54,9 +54,7 @@ def evidence(
     combined = parameters.get("combine") == "launch" and int(parameters.get("splits", 1)) > 1
     required = {support.KERNELS["triton_decode"]: 1} if device.type == "cuda" else {}
     absent = (*support.forbidden("triton_decode"), *(() if combined else (COMBINE,)))
-    return Evidence(
-        required=required | ({COMBINE: 1} if combined and device.type == "cuda" else {}), forbidden=absent
-    )
+    return Evidence(required=required | ({COMBINE: 1} if combined and device.type == "cuda" else {}), forbidden=absent)
 
 
 def run(

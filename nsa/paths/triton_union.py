@@ -55,9 +55,7 @@ def unsupported(problem: SelectionProblem, device: torch.device, parameters: Par
     step = min(int(parameters.get("step", 32)), problem.block_size)
     needed = int(parameters.get("stages", 2)) * support.block_bytes(problem) * step // problem.block_size
     needed += rows * support.padded(problem.Dk, 16) * problem.item_bytes
-    return support.shared_reason("triton_union", needed) or support.backward_reason(
-        "triton_union", problem, parameters
-    )
+    return support.shared_reason("triton_union", needed) or support.backward_reason("triton_union", problem, parameters)
 
 
 def evidence(

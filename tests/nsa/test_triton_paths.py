@@ -26,7 +26,7 @@ from nsa.trace import record_paths  # noqa: E402
 from nsa.workspace import Workspace  # noqa: E402
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-SMALL_BLOCK = {"span": 512, "rows": 16, "item_rows": 32}
+SMALL_BLOCK = {"span": 2048, "rows": 16, "item_rows": 32}
 CANDIDATES: list[tuple[str, dict[str, Any]]] = [
     ("triton_token", {}),
     ("triton_token", {"order": "token", "loads": "descriptor"}),
@@ -199,9 +199,10 @@ def test_gradients_match_the_oracle_and_every_element_is_written(
 
 
 @pytest.mark.parametrize("loads", ["pointer", "descriptor"])
-def test_union_steps_of_part_of_a_block_change_nothing(loads: str) -> None:
+@pytest.mark.parametrize(("path", "more"), [("triton_union", {"tokens": 4}), ("triton_token", {})])
+def test_steps_of_part_of_a_block_change_nothing(path: str, more: dict[str, Any], loads: str) -> None:
     case = Case(S=6, T=75, block_size=32, n=3)
-    assert_matches(case, "triton_union", {"tokens": 4, "step": 16, "loads": loads})
+    assert_matches(case, path, {**more, "step": 16, "loads": loads})
 
 
 def test_a_call_is_known_by_what_kernels_are_compiled_for() -> None:
@@ -215,11 +216,9 @@ def test_a_call_is_known_by_what_kernels_are_compiled_for() -> None:
     assert call_key(*inputs[0], 2) != call_key(*inputs[0], 4)
 
 
-@pytest.mark.parametrize("ring", [2, 3])
-def test_block_rings_and_spans_change_nothing(monkeypatch: pytest.MonkeyPatch, ring: int) -> None:
+def test_block_spans_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(invert, "BITMAP_TOKENS", 32)
-    parameters = {"span": 32, "rows": 16, "item_rows": 16, "ring": ring}
-    assert_matches(Case(S=131, T=131, h=1, n=3), "triton_block", parameters)
+    assert_matches(Case(S=131, T=131, h=1, n=3), "triton_block", {"span": 32, "rows": 16, "item_rows": 16})
 
 
 def test_block_partials_live_in_the_workspace() -> None:
