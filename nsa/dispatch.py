@@ -127,7 +127,15 @@ def selection_attention(
     chosen_table = None if forced else table or active_dispatch_table(query.device.type)
     plans: dict[Any, tuple[Attempt, ...]] = _forced_plans if chosen_table is None else chosen_table.plans  # type: ignore[attr-defined]
     call = (
-        *(query.shape, key.shape, value.shape, indices.shape, selection.block_size, selection.overlap_hint),
+        *(
+            query.shape,
+            key.shape,
+            value.shape,
+            indices.shape,
+            selection.block_size,
+            selection.overlap_hint,
+            selection.complete,
+        ),
         *(query.dtype, key.dtype, value.dtype, query.device, key.device, value.device, indices.device),
         *(grad, capturing, strict, length if isinstance(length, int) else -1),
         *(path, tuple(parameters.items()) if parameters else None, repr(overrides) if overrides else None),
@@ -290,6 +298,7 @@ def call_problem(
         topk=selection.indices.shape[3],
         form=selection.form,
         overlap=selection.overlap_hint,
+        complete=selection.complete,
         execution="graph" if capturing else "eager",
         cache=DEPLOYED_CACHE[query.device.type],
     )

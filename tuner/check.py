@@ -309,4 +309,5 @@ def problem_of(case: Inputs, like: SelectionProblem) -> SelectionProblem:
     """The problem that a call poses, mode and execution as in ``like``."""
     batch, queries, groups, heads, _ = case.query.shape
     changes = {"B": batch, "S": queries, "T": case.key.shape[2], "G": groups, "h": heads}
+    changes["complete"] = case.selection.complete
     return msgspec.structs.replace(like, **changes)

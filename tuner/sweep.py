@@ -25,7 +25,7 @@ SWEEPS = Path(__file__).parent / "sweeps"
 
 ALL_PATHS = (
     *("dense", "gather", "packed", "varlen", "flex"),
-    *("triton_token", "triton_union", "triton_decode"),
+    *("triton_token", "triton_union", "triton_block", "triton_decode", "causal_prefix"),
 )
 SHAPE_AXES = ("heads", "kv_heads", "head_dim", "value_head_dim")
 
@@ -36,7 +36,8 @@ class SweepError(ValueError):
 
 class Axes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Values to cross. The shape axes (heads, kv_heads, head_dim, value_head_dim) go together, element by element;
-    one of length 1 serves all. ``value_head_dim`` [0] means the same as head_dim."""
+    one of length 1 serves all. ``value_head_dim`` [0] means the same as head_dim. ``complete``: whether selections say
+    that they are, as they are under every pattern; in decode they never do, since no path asks for it there."""
 
     modes: tuple[Mode, ...]
     contexts: tuple[int, ...]
@@ -50,6 +51,7 @@ class Axes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     dtype: tuple[DType, ...] = ("float32",)
     execution: tuple[Execution, ...] = ("eager",)
     cache: tuple[CacheState | Literal["deployed"], ...] = ("deployed",)
+    complete: tuple[bool, ...] = (False,)
     pattern: tuple[Pattern, ...] = ("scored",)
 
     def __post_init__(self) -> None:
@@ -124,9 +126,9 @@ def families(sweep: SweepDefinition, device_kind: str) -> list[Family]:
     """The problems of a sweep for a device kind ("cpu", "cuda"), by family, contexts ascending. Raises SweepError."""
     axes = sweep.axes
     found = []
-    for shape, mode, batch, size, topk, dtype, execution, cache, pattern in itertools.product(
+    for shape, mode, batch, size, topk, dtype, execution, cache, complete, pattern in itertools.product(
         _shapes(axes), axes.modes, axes.batch, axes.block_size, axes.topk, axes.dtype, axes.execution, axes.cache,
-        axes.pattern,
+        axes.complete, axes.pattern,
     ):  # fmt: skip
         heads, groups, key_dim, value_dim = shape
         state: CacheState = ("cold" if device_kind == "cuda" else "hot") if cache == "deployed" else cache
@@ -136,6 +138,7 @@ def families(sweep: SweepDefinition, device_kind: str) -> list[Family]:
                     mode=mode, dtype=dtype, B=batch, S=1 if mode == "decode" else context, T=context, G=groups,
                     h=heads // groups, Dk=key_dim, Dv=value_dim or key_dim, block_size=size, topk=topk,
                     overlap=OVERLAP_OF[pattern], execution=execution, cache=state,
+                    complete=complete and mode != "decode",
                 )
                 for context in sorted(axes.contexts)
             )  # fmt: skip
@@ -143,7 +146,7 @@ def families(sweep: SweepDefinition, device_kind: str) -> list[Family]:
             raise SweepError(f"sweep {sweep.name!r}: {error}") from error
         name = (
             f"{mode} B{batch} {heads}/{groups} D{key_dim}" + (f",{value_dim}" if value_dim else "")
-            + f" {dtype} {execution} {state} {pattern}"
+            + f" {dtype} {execution} {state} {pattern}" + (" complete" if problems[0].complete else "")
         )  # fmt: skip
         found.append(Family(name=name, pattern=pattern, problems=problems))
     return found

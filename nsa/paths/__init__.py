@@ -1,6 +1,18 @@
 """PATHS: every way to run selection, by name. A literal; a new path is a new file and a new entry."""
 
-from . import dense, flex, gather, packed, reference, triton_block, triton_decode, triton_token, triton_union, varlen
+from . import (
+    causal_prefix,
+    dense,
+    flex,
+    gather,
+    packed,
+    reference,
+    triton_block,
+    triton_decode,
+    triton_token,
+    triton_union,
+    varlen,
+)
 from .base import Candidate, Evidence, Parameter, SelectionPath
 
 __all__ = ["PATHS", "Candidate", "Evidence", "Parameter", "SelectionPath"]
@@ -67,6 +79,17 @@ PATHS: dict[str, SelectionPath] = {
         tunables=flex.tunables,
         unsupported=flex.unsupported,
         evidence=flex.evidence,
+    ),
+    "causal_prefix": SelectionPath(
+        name="causal_prefix",
+        target=".causal_prefix:run",
+        summary="rows whose whole context is selected by dense causal attention, the rest by another path",
+        modes=("prefill", "train"),
+        deterministic=False,  # the library's gradients add up with atomics
+        needs_complete=True,
+        tunables=causal_prefix.tunables,
+        unsupported=causal_prefix.unsupported,
+        evidence=causal_prefix.evidence,
     ),
     "triton_token": SelectionPath(
         name="triton_token",
