@@ -119,7 +119,8 @@ def _override(raw: dict[str, Any], override: str) -> None:
             f"--set {override!r}: expected AXIS=VALUE[,VALUE...] with AXIS of {list(Axes.__struct_fields__)}"
         )
     values = [value.strip() for value in text.split(",") if value.strip()]
-    axes[axis] = [int(value) if value.lstrip("-").isdigit() else value for value in values]
+    words: dict[str, Any] = {"true": True, "false": False}
+    axes[axis] = [int(value) if value.lstrip("-").isdigit() else words.get(value, value) for value in values]
 
 
 def families(sweep: SweepDefinition, device_kind: str) -> list[Family]:
