@@ -16,17 +16,19 @@ from ..selection import Selection
 from ..trace import ParameterValue
 from ..workspace import Workspace
 from .invert import invert
+from .launch import Plan, call_key, plans
 from .layout import (
     LOG2E,
     context_length,
+    gather_rows,
     key_count,
     key_sources,
-    load_query,
     load_rows,
     row_limit,
     selection_arguments,
     shape_constants,
     unit_last,
+    wide_offsets,
 )
 
 
@@ -36,7 +38,7 @@ def nsa_block_forward(
     S, T, G, spans, span, item_slots, scale2, spb, sps, sqb, sqs, sqg, sqh, skb, skg, skt, svb, svg, svt,
     H: tl.constexpr, HP: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, DK: tl.constexpr, DK0: tl.constexpr,
     DK1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BS: tl.constexpr, TENSOR_LENGTH: tl.constexpr,
-    DESCRIPTOR: tl.constexpr, TOKENS: tl.constexpr, SPAN: tl.constexpr,
+    DESCRIPTOR: tl.constexpr, TOKENS: tl.constexpr, SPAN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * G * item_slots,): item i of the span of each (b, g), TOKENS rows of HP heads at a time."""
     pid = tl.program_id(0)
@@ -62,33 +64,36 @@ def nsa_block_forward(
         keys = tl.arange(0, BS)
         columns = tl.arange(0, DVP)
         base = Q + b.to(tl.int64) * sqb + g.to(tl.int64) * sqg
-        shift = (bg.to(tl.int64) - span) * (SPAN * NP)  # from a pair of the context to its place among the partials
+        pairs = PAIRS + unit * (SPAN * NP)
+        part = PART + bg.to(tl.int64) * (SPAN * NP * H * DV)
+        stat = STAT + bg.to(tl.int64) * (SPAN * NP * H * 2)
         for start in range(low, high, TOKENS):
             place = start + rows // HP
             there = (place < high) & (head < H)
-            pair = tl.load(PAIRS + unit * (SPAN * NP) + place, mask=place < high, other=0)
+            # past the end the last pair stands again: every load is of a row that exists, and is not stored
+            pair = tl.load(pairs + tl.minimum(place, high - 1))
             s = pair // NP
             limit = row_limit(POSITION, b, s, length, full, S, spb, sps)
-            offsets = s.to(tl.int64) * sqs + head * sqh
-            q0 = load_query(base, rows, offsets, there, 0, DK, DK0)
+            s = s.to(tl.int64) if WIDE else s
+            offsets = s * sqs + head * sqh
+            q0 = gather_rows(base, offsets, head, H, HP, 0, DK, DK0)
             score = tl.dot(q0, tl.trans(k0), input_precision="ieee")
             if DK1 > 0:
-                q1 = load_query(base, rows, offsets, there, DK0, DK, DK1)
+                q1 = gather_rows(base, offsets, head, H, HP, DK0, DK, DK1)
                 score = tl.dot(q1, tl.trans(k1), score, input_precision="ieee")
-            # a row that stands on no pair sees every key, so that nothing is NaN; it is not stored
-            reach = tl.where(there, limit - first, BS)
-            score = tl.where(keys[None, :] < reach[:, None], score, -float("inf"))
+            score = tl.where(keys[None, :] < (limit - first)[:, None], score, -float("inf"))
             top = tl.max(score, 1) * scale2
             weight = tl.math.exp2(score * scale2 - top[:, None])
             total = tl.sum(weight, 1)
             out = tl.dot(weight.to(v.dtype), v, input_precision="ieee")
-            target = (shift + pair) * H + head
+            left = pair - span * (SPAN * NP)
+            left = (left.to(tl.int64) if WIDE else left) * H + head
             keep = there[:, None]
             if DVP > DV:
                 keep = keep & (columns < DV)[None, :]
-            tl.store(PART + target[:, None] * DV + columns[None, :], out.to(PART.dtype.element_ty), mask=keep)
-            tl.store(STAT + target * 2, top, mask=there)
-            tl.store(STAT + target * 2 + 1, total, mask=there)
+            tl.store(part + left[:, None] * DV + columns[None, :], out.to(PART.dtype.element_ty), mask=keep)
+            tl.store(stat + left * 2, top, mask=there)
+            tl.store(stat + left * 2 + 1, total, mask=there)
 
 
 @triton.jit(do_not_specialize=["S", "span"])
@@ -168,21 +173,29 @@ def forward(
     part_dtype = torch.float32 if partial == "float32" else value.dtype
     part = scratch(workspace, "triton_block.part", part_rows, width, part_dtype, device)
     stat = scratch(workspace, "triton_block.stat", part_rows, 2, torch.float32, device)
-    tile = min(lists.span_tokens, max(1, 2048 // (padded * int(constants["DVP"]))))
+    wide = wide_offsets(lists.span_tokens * slots * heads * width, query)
+    shape = tokens, lists.span_tokens, part_dtype, wide
+    name = call_key(query, key, value, selection, "block", logsum is None, shape, warps, stages, loads)
+    known = plans(name)
+    tile = min(lists.tile, max(1, 2048 // (padded * int(constants["DVP"]))))
+    if not known:
+        spanned = {"SPAN": lists.span_tokens, "TOKENS": tokens, "WIDE": wide, "DESCRIPTOR": loads == "descriptor"}
+        merged = {name: constants[name] for name in ("H", "HP", "N", "NP", "DV", "DVP")}
+        options = {"num_warps": int(warps), "num_stages": int(stages)}
+        known["forward"] = Plan(nsa_block_forward, {**constants, **spanned}, options)
+        known["merge"] = Plan(nsa_block_merge, {**merged, "TILE": tile, "SPAN": lists.span_tokens}, {"num_warps": 4})
     sources = key_sources(key, value, selection, constants, str(loads))
     length, positions, *position_strides = selection_arguments(selection)
     for step in range(lists.spans):
-        nsa_block_forward[(batch * groups * lists.item_slots,)](
+        known["forward"](
+            batch * groups * lists.item_slots,
             query, *sources, length, positions, lists.pairs, lists.items, lists.item_count, part, stat,
             queries, key.shape[2], groups, lists.spans, step, lists.item_slots, scale * LOG2E,
             *position_strides, *query.stride()[:4], *key.stride()[:3], *value.stride()[:3],
-            **constants, DESCRIPTOR=loads == "descriptor", TOKENS=tokens, SPAN=lists.span_tokens,
-            num_warps=int(warps), num_stages=int(stages),
         )  # fmt: skip
-        nsa_block_merge[(batch * groups * triton.cdiv(lists.span_tokens, tile),)](
+        known["merge"](
+            batch * groups * triton.cdiv(lists.span_tokens, tile),
             part, stat, lists.chosen, out, logsum, queries, groups, step,
-            H=heads, HP=padded, N=constants["N"], NP=slots, DV=width, DVP=constants["DVP"], TILE=tile,
-            SPAN=lists.span_tokens, num_warps=4,
         )  # fmt: skip
     return out
 

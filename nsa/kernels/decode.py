@@ -13,13 +13,12 @@ from torch import Tensor
 
 from ..selection import Selection
 from ..trace import ParameterValue
-from .launch import Plan, Plans, call_key
+from .launch import Plan, call_key, plans
 from .layout import (
     LOG2E,
     NONE,
     attend,
     context_length,
-    count_entries,
     finish,
     first_entries,
     key_count,
@@ -137,10 +136,9 @@ def nsa_decode_forward(
     if DK1 > 0:
         q1 = load_query(base, heads, heads * sqh, heads < H, DK0, DK, DK1)
     out, top, total = attend(
-        q0, q1, None, count_entries(e0, e1, e2, e3, CHUNKS), e0, e1, e2, e3, heads, limit,
-        K0, K1, V, b, g, length, scale2,
+        q0, q1, e0, e1, e2, e3, limit, K0, K1, V, b, g, length, scale2,
         skb, skg, skt, svb, svg, svt,
-        M, 0, CHUNKS, DK, DK0, DK1, DV, DVP, BS, BS, DESCRIPTOR, TENSOR_LENGTH,
+        M, CHUNKS, DK, DK0, DK1, DV, DVP, BS, BS, DESCRIPTOR, TENSOR_LENGTH,
     )  # fmt: skip
     place = place.to(tl.int64)
     keep = (heads < H)[:, None] & (columns < DV)[None, :]
@@ -191,15 +189,16 @@ def forward(
     rows, split, width = batch * queries * groups, int(splits), value.shape[3]
     out = torch.empty((batch, queries, groups, heads, width), dtype=value.dtype, device=value.device)
     inside = split > 1 and combine == "inside"
-    name = call_key(query, key, value, selection, logsum is None, split, inside, warps, stages, loads)
-    plan = PLANS.get(name)
-    if plan is None:
+    name = call_key(query, key, value, selection, "decode", logsum is None, split, combine, warps, stages, loads)
+    known = plans(name)
+    if not known:
         unit_last(query, "query")
         constants = shape_constants(query, value, selection)
         constants |= {"DESCRIPTOR": loads == "descriptor", "SPLITS": split, "INSIDE": inside}
-        plan = PLANS.add(
-            name, Plan(nsa_decode_forward, constants, {"num_warps": int(warps), "num_stages": int(stages)})
-        )
+        known["forward"] = Plan(nsa_decode_forward, constants, {"num_warps": int(warps), "num_stages": int(stages)})
+        wanted = {name: constants[name] for name in ("H", "HP", "DV", "DVP", "SPLITS")}
+        known["combine"] = Plan(nsa_decode_combine, wanted, {"num_warps": 4})
+    plan = known["forward"]
     part = None
     if split > 1:  # partial rows, and behind them their maxima and totals
         part = torch.empty((rows * split * heads, width + 2), dtype=torch.float32, device=value.device)
@@ -213,14 +212,10 @@ def forward(
         *query.stride()[:4], *key.stride()[:3], *value.stride()[:3], *selection.blocks.stride(),
     )  # fmt: skip
     if split > 1 and not inside:
-        nsa_decode_combine[(rows,)](
-            part, out, logsum, H=heads, HP=plan.constants["HP"], DV=width, DVP=plan.constants["DVP"],
-            SPLITS=split, num_warps=4,
-        )  # fmt: skip
+        known["combine"](rows, part, out, logsum)
     return out
 
 
-PLANS = Plans()
 _eager: dict[tuple[torch.device, int], Tensor] = {}
 _pools: dict[torch.device, list[Tensor]] = {}
 POOL = 65536

@@ -40,22 +40,28 @@ class Plan:
             self.compiled = done
 
 
-class Plans:
-    """Plans by key; one object per kernel."""
+_plans: dict[tuple[Any, ...], dict[str, Plan]] = {}
 
-    def __init__(self) -> None:
-        self._plans: dict[tuple[Any, ...], Plan] = {}
 
-    def get(self, key: tuple[Any, ...]) -> Plan | None:
-        """The plan of a key, or None."""
-        return self._plans.get(key)
+def plans(key: tuple[Any, ...]) -> dict[str, Plan]:
+    """The plans of a key, by a name for each launch; empty when the key is new, and the caller's to fill."""
+    found = _plans.get(key)
+    if found is None:
+        if len(_plans) >= PLANS_AT_MOST:
+            _plans.clear()
+        found = _plans[key] = {}
+    return found
 
-    def add(self, key: tuple[Any, ...], plan: Plan) -> Plan:
-        """Keep a plan and return it."""
-        if len(self._plans) >= PLANS_AT_MOST:
-            self._plans.clear()
-        self._plans[key] = plan
-        return plan
+
+def selection_key(selection: Selection) -> tuple[Any, ...]:
+    """Of a selection, all that decides which compiled kernel reads it."""
+    blocks, length, positions = selection.indices, selection.context_length, selection.query_positions
+    return (
+        blocks.device.index, blocks.dtype, blocks.shape[3], blocks.stride(), blocks.data_ptr() & 15,
+        selection.block_size,
+        (length.dtype, length.data_ptr() & 15) if isinstance(length, Tensor) else length > 2**31 - 1,
+        (positions.dtype, positions.stride(), positions.data_ptr() & 15) if positions is not None else None,
+    )  # fmt: skip
 
 
 def call_key(query: Tensor, key: Tensor, value: Tensor, selection: Selection, *rest: Any) -> tuple[Any, ...]:
@@ -63,12 +69,7 @@ def call_key(query: Tensor, key: Tensor, value: Tensor, selection: Selection, *r
 
     Token counts, context length and T are left out: kernels do not specialise on them.
     """
-    blocks, length, positions = selection.indices, selection.context_length, selection.query_positions
     return (
-        query.device.index, query.dtype, value.dtype, blocks.dtype, query.shape[2:], value.shape[3], blocks.shape[3],
-        selection.block_size, query.stride(), key.stride(), value.stride(), blocks.stride(),
-        (query.data_ptr() | key.data_ptr() | value.data_ptr() | blocks.data_ptr()) & 15,
-        (length.dtype, length.data_ptr() & 15) if isinstance(length, Tensor) else length > 2**31 - 1,
-        (positions.dtype, positions.stride(), positions.data_ptr() & 15) if positions is not None else None,
-        rest,
+        *selection_key(selection), query.dtype, value.dtype, query.shape[2:], value.shape[3],
+        query.stride(), key.stride(), value.stride(), (query.data_ptr() | key.data_ptr() | value.data_ptr()) & 15, rest,
     )  # fmt: skip

@@ -136,48 +136,31 @@ def load_query(base, rows, offsets, mask, COLUMN: tl.constexpr, WIDTH: tl.conste
 
 
 @triton.jit
-def attend(
-    q0,
-    q1,
-    LIST,
-    count,
-    e0,
-    e1,
-    e2,
-    e3,
-    member,
-    limit,
-    K0,
-    K1,
-    V,
-    b,
-    g,
-    length,
-    scale2,
-    skb,
-    skg,
-    skt,
-    svb,
-    svg,
-    svt,
-    M: tl.constexpr,
-    TOKENS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    DK: tl.constexpr,
-    DK0: tl.constexpr,
-    DK1: tl.constexpr,
-    DV: tl.constexpr,
-    DVP: tl.constexpr,
-    BS: tl.constexpr,
-    STEP: tl.constexpr,
-    DESCRIPTOR: tl.constexpr,
-    TENSOR_LENGTH: tl.constexpr,
-):
-    """Online softmax of M query rows over ``count`` entries in ascending order: of LIST, or, without one, those held
-    in the registers ``e0`` to ``e3``.
+def gather_rows(
+    base, offsets, head, H: tl.constexpr, HP: tl.constexpr, COLUMN: tl.constexpr, WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+):  # fmt: skip
+    """Rows (M, PADDED) at ``base + offsets`` that all exist, but for padded heads; unmasked where nothing is padded."""
+    columns = tl.arange(0, PADDED)
+    pointers = base + offsets[:, None] + (columns + COLUMN)[None, :]
+    if COLUMN + PADDED > WIDTH:
+        tile = tl.load(pointers, mask=(head < H)[:, None] & (columns < WIDTH - COLUMN)[None, :], other=0.0)
+    elif H < HP:
+        tile = tl.load(pointers, mask=(head < H)[:, None], other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
 
-    An entry is ``block << TOKENS | bits`` where bit i says that token i of the tile chose the block; with TOKENS 0 it
-    is the block and every row chose it. ``member`` (M,) is each row's token, ``limit`` (M,) or scalar its limit.
+
+@triton.jit
+def attend(
+    q0, q1, e0, e1, e2, e3, limit, K0, K1, V, b, g, length, scale2, skb, skg, skt, svb, svg, svt,
+    M: tl.constexpr, CHUNKS: tl.constexpr, DK: tl.constexpr, DK0: tl.constexpr, DK1: tl.constexpr,
+    DV: tl.constexpr, DVP: tl.constexpr, BS: tl.constexpr, STEP: tl.constexpr, DESCRIPTOR: tl.constexpr,
+    TENSOR_LENGTH: tl.constexpr,
+):  # fmt: skip
+    """Online softmax of M query rows over the blocks in the registers ``e0`` to ``e3``, in ascending order.
+
     Returns (weighted values (M, DVP), running maximum (M,), total (M,)), not yet divided. STEP keys are taken at a
     time: fewer than a block need less shared memory, so that more programs share a multiprocessor.
     The loop has no branch, so that its loads are pipelined.
@@ -188,23 +171,16 @@ def attend(
     keys = tl.arange(0, STEP)
     parts: tl.constexpr = BS // STEP
     last = -1
-    for i in range(count * parts):
-        if LIST is not None:
-            entry = tl.load(LIST + i // parts)
-        else:
-            entry = next_entry(e0, e1, e2, e3, last, CHUNKS)
-            last = tl.where(i % parts == parts - 1, entry, last)
-        first = (entry >> TOKENS) * BS + (i % parts) * STEP
+    for i in range(count_entries(e0, e1, e2, e3, CHUNKS) * parts):
+        entry = next_entry(e0, e1, e2, e3, last, CHUNKS)
+        last = tl.where(i % parts == parts - 1, entry, last)
+        first = entry * BS + (i % parts) * STEP
         k0 = load_rows(K0, b, g, first, length - first, skb, skg, skt, 0, DK, DK0, STEP, DESCRIPTOR, False)
         score = tl.dot(q0, tl.trans(k0), input_precision="ieee")
         if DK1 > 0:
             k1 = load_rows(K1, b, g, first, length - first, skb, skg, skt, DK0, DK, DK1, STEP, DESCRIPTOR, False)
             score = tl.dot(q1, tl.trans(k1), score, input_precision="ieee")
-        if TOKENS > 0:
-            reach = tl.where(((entry >> member) & 1) == 1, limit - first, 0)
-            score = tl.where(keys[None, :] < reach[:, None], score, -float("inf"))
-        else:
-            score = tl.where((keys < limit - first)[None, :], score, -float("inf"))
+        score = tl.where((keys < limit - first)[None, :], score, -float("inf"))
         new_top = tl.maximum(top, tl.max(score, 1))
         weight = tl.math.exp2(score * scale2 - (new_top * scale2)[:, None])
         decay = tl.math.exp2((top - new_top) * scale2)
@@ -265,6 +241,12 @@ def selection_arguments(selection: Selection) -> tuple[Any, ...]:
         return selection.context_length, None, 0, 0
     strides = positions.stride() if positions.dim() == 2 else (0, positions.stride(0))
     return selection.context_length, positions, *strides
+
+
+def wide_offsets(spanned: int, *tensors: Tensor) -> bool:
+    """Whether an offset inside one (b, g) of the tensors, or among ``spanned`` elements, needs 64 bits."""
+    rows = (tensor.shape[1] * abs(tensor.stride(1)) + tensor.shape[3] * abs(tensor.stride(3)) for tensor in tensors)
+    return max(spanned, *rows) >= 2**31
 
 
 def unit_last(tensor: Tensor, name: str) -> Tensor:

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from ..selection import Selection
 from ..trace import ParameterValue
-from .launch import Plan, Plans, call_key
+from .launch import Plan, call_key, plans
 from .layout import (
     LOG2E,
     attend,
     context_length,
-    count_entries,
     finish,
     first_entries,
     key_count,
@@ -109,10 +108,9 @@ def nsa_token_forward(
     if DK1 > 0:
         q1 = load_query(base, heads, heads * sqh, heads < H, DK0, DK, DK1)
     out, top, total = attend(
-        q0, q1, None, count_entries(e0, e1, e2, e3, CHUNKS), e0, e1, e2, e3, heads, limit,
-        K0, K1, V, b, g, length, scale2,
+        q0, q1, e0, e1, e2, e3, limit, K0, K1, V, b, g, length, scale2,
         skb, skg, skt, svb, svg, svt,
-        M, 0, CHUNKS, DK, DK0, DK1, DV, DVP, BS, STEP, DESCRIPTOR, TENSOR_LENGTH,
+        M, CHUNKS, DK, DK0, DK1, DV, DVP, BS, STEP, DESCRIPTOR, TENSOR_LENGTH,
     )  # fmt: skip
     out, logsum = finish(out, top, total, scale2)
     place = ((b.to(tl.int64) * S + s) * G + g) * H
@@ -142,14 +140,15 @@ def forward(
     batch, queries, groups, heads, _ = query.shape
     out = torch.empty((batch, queries, groups, heads, value.shape[3]), dtype=value.dtype, device=value.device)
     keys = min(int(step), selection.block_size)
-    name = call_key(query, key, value, selection, logsum is None, keys, warps, stages, order, loads)
-    plan = PLANS.get(name)
-    if plan is None:
+    name = call_key(query, key, value, selection, "token", logsum is None, keys, warps, stages, order, loads)
+    known = plans(name)
+    if not known:
         unit_last(query, "query")
         constants = shape_constants(query, value, selection)
         constants |= {"DESCRIPTOR": loads == "descriptor", "STEP": keys, "GROUP_FIRST": order == "group"}
         options = {"num_warps": int(warps), "num_stages": int(stages)}
-        plan = PLANS.add(name, Plan(nsa_token_forward, constants, options))
+        known["forward"] = Plan(nsa_token_forward, constants, options)
+    plan = known["forward"]
     sources = key_sources(key, value, selection, plan.constants, str(loads), keys)
     length, positions, *position_strides = selection_arguments(selection)
     plan(
@@ -159,6 +158,3 @@ def forward(
         *query.stride()[:4], *key.stride()[:3], *value.stride()[:3], *selection.blocks.stride(),
     )  # fmt: skip
     return out
-
-
-PLANS = Plans()

@@ -14,16 +14,17 @@ from torch import Tensor
 
 from ..selection import Selection
 from ..trace import ParameterValue
-from .launch import Plan, Plans, call_key
+from .launch import Plan, call_key, plans
 from .layout import (
     LOG2E,
+    LOWEST,
     NONE,
-    attend,
     context_length,
     finish,
     key_count,
     key_sources,
     load_query,
+    load_rows,
     row_entries,
     row_limit,
     selection_arguments,
@@ -38,7 +39,8 @@ def nsa_union_entries(
     N: tl.constexpr, NP: tl.constexpr, BS: tl.constexpr, TENSOR_LENGTH: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * G * tiles,): a tile's union, ascending, ``block << TOKENS | bits``, NONE where it has ended; behind all
-    unions their sizes. Bit i of ``bits`` says that token i of the tile chose the block. One warp: no barriers."""
+    unions their sizes, behind those how many of their blocks every token sees to the end. Bit i of ``bits`` says that
+    token i of the tile chose the block. One warp: no barriers."""
     pid = tl.program_id(0)
     tiles = tl.cdiv(S, TOKENS)
     tile = pid % tiles
@@ -68,8 +70,46 @@ def nsa_union_entries(
         seen |= found & (where < places)
     entry = tl.sort(tl.where((entry >= 0) & (seen == 0), (entry << TOKENS) | bits, NONE))
     tl.store(ENTRIES + pid.to(tl.int64) * (TOKENS * NP) + places, entry)
-    sizes = ENTRIES + tl.num_programs(0).to(tl.int64) * (TOKENS * NP)
-    tl.store(sizes + pid, tl.sum((entry != NONE).to(tl.int32), 0))
+    sizes = ENTRIES + tl.num_programs(0).to(tl.int64) * (TOKENS * NP) + pid
+    tl.store(sizes, tl.sum((entry != NONE).to(tl.int32), 0))
+    seen = tl.min(row_limit(POSITION, b, tl.minimum(tile * TOKENS + token, S - 1), length, full, S, spb, sps), 0)
+    tl.store(sizes + tl.num_programs(0), tl.sum((entry < ((seen // BS) << TOKENS)).to(tl.int32), 0))
+
+
+@triton.jit
+def attend_entries(
+    out, top, total, q0, q1, ENTRIES, low, high, member, limit, K0, K1, V, b, g, length, scale2,
+    skb, skg, skt, svb, svg, svt,
+    TOKENS: tl.constexpr, DK: tl.constexpr, DK0: tl.constexpr, DK1: tl.constexpr, DV: tl.constexpr,
+    DVP: tl.constexpr, BS: tl.constexpr, STEP: tl.constexpr, DESCRIPTOR: tl.constexpr, TENSOR_LENGTH: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Online softmax as ``layout.attend``, over entries ``low`` to ``high``; row i belongs to token ``member[i]``.
+
+    Without MASKED every row sees the whole of each block: those that chose it or not differ by their maximum alone,
+    and no score is compared with a limit.
+    """
+    keys = tl.arange(0, STEP)
+    parts: tl.constexpr = BS // STEP
+    for i in range(low * parts, high * parts):
+        entry = tl.load(ENTRIES + i // parts)
+        first = (entry >> TOKENS) * BS + (i % parts) * STEP
+        chosen = ((entry >> member) & 1) == 1
+        k0 = load_rows(K0, b, g, first, length - first, skb, skg, skt, 0, DK, DK0, STEP, DESCRIPTOR, False)
+        score = tl.dot(q0, tl.trans(k0), input_precision="ieee")
+        if DK1 > 0:
+            k1 = load_rows(K1, b, g, first, length - first, skb, skg, skt, DK0, DK, DK1, STEP, DESCRIPTOR, False)
+            score = tl.dot(q1, tl.trans(k1), score, input_precision="ieee")
+        if MASKED:
+            score = tl.where(keys[None, :] < (limit - first)[:, None], score, -float("inf"))
+        new_top = tl.where(chosen, tl.maximum(top, tl.max(score, 1)), top)
+        weight = tl.math.exp2(score * scale2 - tl.where(chosen, new_top * scale2, float("inf"))[:, None])
+        decay = tl.math.exp2((top - new_top) * scale2)
+        total = total * decay + tl.sum(weight, 1)
+        v = load_rows(V, b, g, first, length - first, svb, svg, svt, 0, DV, DVP, STEP, DESCRIPTOR, TENSOR_LENGTH)
+        out = tl.dot(weight.to(v.dtype), v, out * decay[:, None], input_precision="ieee")
+        top = new_top
+    return out, top, total
 
 
 @triton.jit(do_not_specialize=["LENGTH", "S", "T"])
@@ -131,17 +171,27 @@ def nsa_union_forward(
     limit = row_limit(POSITION, b, s, length, full, S, spb, sps)
     place = ((b * G + g) * tiles + tile).to(tl.int64)
     entries = ENTRIES + place * (TOKENS * NP)
-    size = tl.load(ENTRIES + tl.num_programs(0).to(tl.int64) * (TOKENS * NP) + place)
+    sizes = ENTRIES + tl.num_programs(0).to(tl.int64) * (TOKENS * NP) + place
+    size = tl.load(sizes)
+    whole = tl.load(sizes + tl.num_programs(0))
     there = (tile * TOKENS + member < S) & (head < H)
     base = Q + b.to(tl.int64) * sqb + g.to(tl.int64) * sqg + (tile * TOKENS).to(tl.int64) * sqs
     q0 = load_query(base, rows, member * sqs + head * sqh, there, 0, DK, DK0)
     q1 = q0
     if DK1 > 0:
         q1 = load_query(base, rows, member * sqs + head * sqh, there, DK0, DK, DK1)
-    out, top, total = attend(
-        q0, q1, entries, size, size, size, size, size, member, limit, K0, K1, V, b, g, length, scale2,
+    top = tl.full([M], LOWEST, tl.float32)
+    total = tl.zeros([M], tl.float32)
+    out = tl.zeros([M, DVP], tl.float32)
+    out, top, total = attend_entries(
+        out, top, total, q0, q1, entries, 0, whole, member, limit, K0, K1, V, b, g, length, scale2,
         skb, skg, skt, svb, svg, svt,
-        M, TOKENS, 0, DK, DK0, DK1, DV, DVP, BS, STEP, DESCRIPTOR, TENSOR_LENGTH,
+        TOKENS, DK, DK0, DK1, DV, DVP, BS, STEP, DESCRIPTOR, TENSOR_LENGTH, False,
+    )  # fmt: skip
+    out, top, total = attend_entries(
+        out, top, total, q0, q1, entries, whole, size, member, limit, K0, K1, V, b, g, length, scale2,
+        skb, skg, skt, svb, svg, svt,
+        TOKENS, DK, DK0, DK1, DV, DVP, BS, STEP, DESCRIPTOR, TENSOR_LENGTH, True,
     )  # fmt: skip
     out, logsum = finish(out, top, total, scale2)
     row = ((b.to(tl.int64) * S + tile * TOKENS) * G + g) * H
@@ -172,35 +222,30 @@ def forward(
     batch, queries, groups, heads, _ = query.shape
     out = torch.empty((batch, queries, groups, heads, value.shape[3]), dtype=value.dtype, device=value.device)
     keys = min(int(step), selection.block_size)
-    name = call_key(query, key, value, selection, logsum is None, tokens, keys, warps, stages, loads)
-    plan = PLANS.get(name)
-    if plan is None:
+    name = call_key(query, key, value, selection, "union", logsum is None, tokens, keys, warps, stages, loads)
+    known = plans(name)
+    if not known:
         unit_last(query, "query")
         constants = shape_constants(query, value, selection)
         constants |= {"DESCRIPTOR": loads == "descriptor", "STEP": keys, "TOKENS": int(tokens)}
         options = {"num_warps": int(warps), "num_stages": int(stages)}
-        plan = PLANS.add(name, Plan(nsa_union_forward, constants, options))
-    sources = key_sources(key, value, selection, plan.constants, str(loads), keys)
-    length, positions, *position_strides = selection_arguments(selection)
-    blocks, constants = selection.blocks, plan.constants
-    tiles = batch * groups * triton.cdiv(queries, int(tokens))
-    entries = torch.empty(tiles * (int(tokens) * constants["NP"] + 1), dtype=torch.int32, device=value.device)
-    listing = LISTINGS.get(name)
-    if listing is None:
+        known["forward"] = Plan(nsa_union_forward, constants, options)
         wanted = {field: constants[field] for field in ("N", "NP", "BS", "TENSOR_LENGTH", "TOKENS")}
-        listing = LISTINGS.add(name, Plan(nsa_union_entries, wanted, {"num_warps": 1}))
-    listing(
+        known["entries"] = Plan(nsa_union_entries, wanted, {"num_warps": 1})
+    constants = known["forward"].constants
+    sources = key_sources(key, value, selection, constants, str(loads), keys)
+    length, positions, *position_strides = selection_arguments(selection)
+    blocks = selection.blocks
+    tiles = batch * groups * triton.cdiv(queries, int(tokens))
+    entries = torch.empty(tiles * (int(tokens) * constants["NP"] + 2), dtype=torch.int32, device=value.device)
+    known["entries"](
         tiles,
         blocks, length, positions, entries, queries, key.shape[2], groups, *position_strides, *blocks.stride(),
     )  # fmt: skip
-    plan(
+    known["forward"](
         tiles,
         query, *sources, entries, length, positions, out, logsum,
         queries, key.shape[2], groups, scale * LOG2E, *position_strides,
         *query.stride()[:4], *key.stride()[:3], *value.stride()[:3],
     )  # fmt: skip
     return out
-
-
-PLANS = Plans()
-LISTINGS = Plans()

@@ -206,12 +206,11 @@ def test_steps_of_part_of_a_block_change_nothing(path: str, more: dict[str, Any]
 
 
 def test_a_call_is_known_by_what_kernels_are_compiled_for() -> None:
-    case, longer, other = Case(S=4, T=40), Case(S=6, T=40), Case(S=4, T=40, Dk=24)
-    inputs = [(c.query, c.key, c.value, c.selection) for c in (case, longer, other)]
+    case, other = Case(S=4, T=40), Case(S=4, T=40, Dk=24)
+    inputs = [(c.query, c.key, c.value, c.selection) for c in (case, other)]
     shifted = torch.cat((case.query.flatten(), case.query.flatten()[:1]))[1:].view(case.query.shape)
     assert call_key(*inputs[0]) == call_key(*inputs[0])
-    assert call_key(*inputs[0])[4:8] == call_key(*inputs[1])[4:8]
-    assert call_key(*inputs[0]) != call_key(*inputs[2])
+    assert call_key(*inputs[0]) != call_key(*inputs[1])
     assert call_key(*inputs[0]) != call_key(shifted, *inputs[0][1:])
     assert call_key(*inputs[0], 2) != call_key(*inputs[0], 4)
 
