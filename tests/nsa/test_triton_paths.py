@@ -264,6 +264,22 @@ def test_graph_replays_read_what_stands_there_then(path: str, parameters: dict[s
         assert torch.equal(out, case.run(path, parameters))
 
 
+@pytest.mark.gpu
+@every_path
+def test_offsets_beyond_32_bits_are_followed(path: str, parameters: dict[str, Any]) -> None:
+    """Queries spread over 6.4 GB: the last one lies 3.2e9 elements behind the first."""
+    case = Case(S=96, T=96, h=4, dtype=torch.bfloat16)
+    memory = torch.empty(96 * 2**25, dtype=torch.bfloat16, device=DEVICE)
+    far = memory.as_strided(case.query.shape, (0, 2**25, *case.query.stride()[2:]))
+    far.copy_(case.query)
+    plain = case.run(path, parameters), case.gradients(path, parameters)
+    case.query = far
+    spread = case.run(path, parameters), case.gradients(path, parameters)
+    assert torch.equal(plain[0], spread[0])
+    for one, two in zip(plain[1], spread[1], strict=True):
+        assert torch.equal(one, two)
+
+
 def test_decode_leaves_its_counters_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     held = torch.zeros(64, dtype=torch.int32, device=DEVICE)
     monkeypatch.setattr(decode, "counters", lambda rows, device: held)
