@@ -8,6 +8,7 @@ Backends: ``flash_attn`` (``flash_attn_varlen_func``), ``torch`` (``torch.nn.att
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -126,6 +127,9 @@ def run(
         k = gather(key_view, index, "varlen.key", workspace, reserve_rows=int(reserve_keys))
         index = value_base[first:end][owner] + positions * value_step
         v = gather(value_view, index, "varlen.value", workspace, reserve_rows=int(reserve_keys))
+        for gathered in (k, v):
+            if gathered.requires_grad:
+                gathered.register_hook(partial(without_spare, row, end - first))
         parts.append(attend(rows[first:end], k, v, offsets, row, longest, scale))
     executed(
         "selection",
@@ -146,6 +150,11 @@ def pack_queries(query: Tensor, workspace: Workspace | None, reserve_rows: int) 
         "varlen.query", rows, heads * width, dtype=query.dtype, device=query.device, reserve_rows=reserve_rows
     )
     return out.view(query.shape).copy_(query).view(rows, heads, width)
+
+
+def without_spare(row: Tensor, count: int, grad: Tensor) -> Tensor:
+    """Gradients (keys, D) with those of spare slots zero: they lie behind the last row, where no backend writes any."""
+    return grad.masked_fill((row >= count)[:, None], 0.0)
 
 
 def flash_attn_attention(
