@@ -178,8 +178,15 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, pr
 
         out = flash_attn_func(flat, key.transpose(1, 2), value.transpose(1, 2), softmax_scale=scale, causal=True)
     else:
+        if prefix == "efficient":  # knows no grouped heads
+            key, value = key.repeat_interleave(heads, 1), value.repeat_interleave(heads, 1)
         with sdpa_kernel(BACKENDS[prefix]):  # one backend, which raises where it cannot run
             out = F.scaled_dot_product_attention(
-                flat.transpose(1, 2), key, value, is_causal=True, scale=scale, enable_gqa=heads > 1
+                flat.transpose(1, 2),
+                key,
+                value,
+                is_causal=True,
+                scale=scale,
+                enable_gqa=heads > 1 and prefix != "efficient",
             ).transpose(1, 2)
     return out.reshape(batch, rows, groups, heads, -1)
