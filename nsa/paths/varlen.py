@@ -129,7 +129,7 @@ def run(
         v = gather(value_view, index, "varlen.value", workspace, reserve_rows=int(reserve_keys))
         for gathered in (k, v):
             if gathered.requires_grad:
-                gathered.register_hook(partial(without_spare, row, end - first))
+                gathered.register_hook(partial(without_spare, row, end - first))  # type: ignore[no-untyped-call]
         parts.append(attend(rows[first:end], k, v, offsets, row, longest, scale))
     executed(
         "selection",
