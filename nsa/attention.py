@@ -264,7 +264,9 @@ class NSAAttention(nn.Module):
             block_size=config.block_size,
             topk=config.topk,
         )
-        selection = Selection.from_blocks(blocks, block_size=config.block_size, context_length=key.shape[2])
+        selection = Selection.from_blocks(
+            blocks, block_size=config.block_size, context_length=key.shape[2], complete=True
+        )
         if not self.flags.ranges_v2:
             ranges = blocks_to_ranges_v1(blocks, config.block_size, selection.limits)
             selection = Selection.from_ranges(ranges, context_length=key.shape[2])

@@ -188,6 +188,19 @@ class DispatchTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         return choice
 
     def _resolve(self, problem: SelectionProblem) -> Choice:
+        """Entries for problems alike in ``complete`` answer; where none does, those for the others.
+
+        Those were measured on calls of the same sizes, and the hint changes no kernel: it only lets some paths run. So
+        a pick that needs no hint serves a call without it, and any pick serves a call with it.
+        """
+        choice = self._resolve_alike(problem)
+        if choice.entry:
+            return choice
+        other = self._resolve_alike(msgspec.structs.replace(problem, complete=not problem.complete))
+        usable = other.entry and (problem.complete or not PATHS[other.path].needs_complete)
+        return other if usable else choice
+
+    def _resolve_alike(self, problem: SelectionProblem) -> Choice:
         by_batch = self.__dict__["families"].get(_family(problem))
         if not by_batch:
             why = "no measurement of this kind of problem" if self.entries else "no dispatch table for this device"
@@ -259,7 +272,7 @@ def _family(problem: SelectionProblem) -> tuple[Any, ...]:
     queries = -1 if p.S == p.T and p.mode != "decode" else p.S
     return (
         *(p.mode, p.dtype, queries, p.G, p.h, p.Dk, p.Dv),
-        *(p.block_size, p.topk, p.form, p.overlap, p.execution, p.cache),
+        *(p.block_size, p.topk, p.form, p.overlap, p.execution, p.cache, p.complete),
         *(p.operation, p.window, p.kernel_size, p.kernel_stride),
     )
 

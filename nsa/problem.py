@@ -54,6 +54,7 @@ class SelectionProblem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     ``compression`` one range of the compressed tokens that exist for the row, of ``T`` raw tokens.
     ``mode``: ``decode`` (S = 1), ``prefill`` (S > 1 without grad; S < T is a later chunk), ``train`` (with grad).
     ``form``: ``ranges`` has ``block_size`` 0 and ``topk`` ranges per row.
+    ``complete``: each row is known to select min(topk, eligible) blocks (see ``Selection``).
     ``overlap``: ``high`` where neighbouring rows agree (see ``Selection.overlap``).
     ``execution``: ``graph`` while a CUDA graph is captured. ``cache``: ``cold`` where each launch finds L2 flushed.
     Raises ArgumentError where sizes contradict the mode or the form.
@@ -78,6 +79,7 @@ class SelectionProblem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     window: int = 0
     kernel_size: int = 0
     kernel_stride: int = 0
+    complete: bool = False
 
     def __post_init__(self) -> None:
         sizes = (self.B, self.S, self.T, self.G, self.h, self.Dk, self.Dv, self.topk)

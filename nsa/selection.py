@@ -51,6 +51,8 @@ class Selection:
     ``block_size``: keys per block, 0 for ranges. ``context_length``: int or (B,), keys that exist.
     ``query_positions``: (S,) or (B, S); None = the last S positions of the context.
     ``overlap_hint``: what the caller knows of ``overlap()``; part of the dispatch problem.
+    ``complete``: the caller's word that each row selects min(topk, eligible) different blocks, eligible being those
+    that start at or before the row's position, as ``choose_blocks`` does; part of the dispatch problem too.
     """
 
     indices: Tensor
@@ -58,6 +60,7 @@ class Selection:
     context_length: int | Tensor
     query_positions: Tensor | None = None
     overlap_hint: Literal["low", "high"] = "high"
+    complete: bool = False
 
     @classmethod
     def from_blocks(
@@ -68,13 +71,14 @@ class Selection:
         context_length: int | Tensor,
         query_positions: Tensor | None = None,
         overlap: Literal["low", "high"] = "high",
+        complete: bool = False,
     ) -> Selection:
         """From block indices (B, S, G, n), int32 or int64, in any order, -1 = none, duplicates counting once."""
         if block_indices.dim() != 4:
             raise ArgumentError(f"block_indices must be (B, S, G, n), got shape {tuple(block_indices.shape)}")
         if block_size < 1:
             raise ArgumentError(f"block_size must be at least 1, got {block_size}")
-        return cls._checked(block_indices, block_size, context_length, query_positions, overlap)
+        return cls._checked(block_indices, block_size, context_length, query_positions, overlap, complete)
 
     @classmethod
     def from_ranges(
@@ -98,6 +102,7 @@ class Selection:
         context_length: int | Tensor,
         query_positions: Tensor | None,
         overlap: Literal["low", "high"],
+        complete: bool = False,
     ) -> Selection:
         batch, queries = indices.shape[:2]
         _check_integers("indices", indices)
@@ -122,7 +127,7 @@ class Selection:
             raise ArgumentError(
                 f"{queries} queries cannot be the last of a context of {context_length} keys; pass query_positions"
             )
-        return cls(indices, block_size, context_length, query_positions, overlap)
+        return cls(indices, block_size, context_length, query_positions, overlap, complete)
 
     @staticmethod
     def window(size: int, *, rows: tuple[int, int, int], context_length: int, device: torch.device) -> Selection:
@@ -179,13 +184,13 @@ class Selection:
     @property
     def signature(self) -> tuple[Any, ...]:
         """All that dispatch distinguishes selections by."""
-        return self.indices.shape, self.block_size, self.overlap_hint, self.indices.device
+        return self.indices.shape, self.block_size, self.overlap_hint, self.complete, self.indices.device
 
     @property
     def problem_fields(self) -> dict[str, Any]:
         """What a dispatch problem takes from a selection."""
-        topk = self.indices.shape[3]
-        return {"block_size": self.block_size, "topk": topk, "form": self.form, "overlap": self.overlap_hint}
+        indices = {"block_size": self.block_size, "topk": self.indices.shape[3], "form": self.form}
+        return {**indices, "overlap": self.overlap_hint, "complete": self.complete}
 
     @property
     def form(self) -> Literal["blocks", "ranges"]:

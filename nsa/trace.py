@@ -36,6 +36,16 @@ _why: ContextVar[tuple[str, str]] = ContextVar("why", default=("direct", ""))
 
 
 @contextmanager
+def as_part() -> Iterator[None]:
+    """Inside, what executes is part of a path that reports itself, and is not reported."""
+    token = _recorders.set(())
+    try:
+        yield
+    finally:
+        _recorders.reset(token)
+
+
+@contextmanager
 def record_paths() -> Iterator[PathRecorder]:
     """Yield an object whose ``.executed`` lists an ExecutionRecord per execution inside the ``with`` block."""
     recorder = PathRecorder()

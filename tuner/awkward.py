@@ -116,4 +116,5 @@ def problem_of(case: Inputs, like: SelectionProblem) -> SelectionProblem:
     given = case.selection.structure
     context = case.key.shape[2] if given is None else given.context
     changes = {"B": batch, "S": queries, "T": context, "G": groups, "h": heads, "Dv": case.value.shape[3]}
+    changes["complete"] = case.selection.complete
     return msgspec.structs.replace(like, **changes)

@@ -2,7 +2,8 @@
 
 ``fixed``: the window or the compressed tokens of each row, as the problem's operation says. Patterns of selection:
 ``scored``: the module's own scoring on correlated inputs. ``smooth``: neighbouring rows agree. ``random``: they do not.
-Every row holds block 0, its own block and the one before, as the scoring forces them.
+Every row holds block 0, its own block and the one before, as the scoring forces them, and is complete: as many blocks
+as topk and its position allow. Whether the selection says so is the problem's ``complete``.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class Inputs(msgspec.Struct, frozen=True):
         queries = self.query.shape[1]
         count = 1 if queries == 1 else context
         blocks = whole.indices[:, :count].clamp_max((context - 1) // max(1, whole.block_size))
-        selection = Selection.from_blocks(blocks, block_size=whole.block_size, context_length=context)
+        selection = Selection.from_blocks(
+            blocks, block_size=whole.block_size, context_length=context, complete=whole.complete and queries > 1
+        )
         key, value = self.key[:, :, :context], self.value[:, :, :context]
         return Inputs(self.query[:, :count], key, value, selection, self.union)
 
@@ -63,7 +66,9 @@ def make_inputs(problem: SelectionProblem, pattern: str, seed: int, device: torc
         blocks = scored_blocks(problem, query, key)
     else:
         blocks = drawn_blocks(problem, SMOOTH_SPAN if pattern == "smooth" else 1, generator, device)
-    selection = Selection.from_blocks(blocks, block_size=p.block_size, context_length=p.T, overlap=p.overlap)
+    selection = Selection.from_blocks(
+        blocks, block_size=p.block_size, context_length=p.T, overlap=p.overlap, complete=p.complete
+    )
     return Inputs(query, key, value, selection, selection.overlap() if p.S >= 4 else None)
 
 

@@ -28,7 +28,7 @@ SWEEPS = Path(__file__).parent / "sweeps"
 
 ALL_PATHS = (
     *("dense", "gather", "packed", "varlen", "flex"),
-    *("triton_token", "triton_union", "triton_decode"),
+    *("triton_token", "triton_union", "triton_block", "triton_decode", "causal_prefix"),
     *("sdpa_window", "flash_attn_window", "sdpa_compressed", "flash_attn_compressed"),
 )
 """A sweep takes of its paths those of each problem's operation."""
@@ -42,7 +42,9 @@ class SweepError(ValueError):
 class Axes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Values to cross. The shape axes (heads, kv_heads, head_dim, value_head_dim) go together, element by element;
     one of length 1 serves all. ``value_head_dim`` [0] means the same as head_dim. Operation selection crosses
-    ``block_size``, ``topk`` and ``pattern``; window ``window``; compression ``kernel_size`` and ``kernel_stride``."""
+    ``block_size``, ``topk``, ``pattern`` and ``complete``; window ``window``; compression ``kernel_size`` and
+    ``kernel_stride``. ``complete``: whether selections say that they are, as they are under every pattern; in decode
+    they never do, since no path asks for it there."""
 
     operations: tuple[Operation, ...] = ("selection",)
     modes: tuple[Mode, ...]
@@ -60,6 +62,7 @@ class Axes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     dtype: tuple[DType, ...] = ("float32",)
     execution: tuple[Execution, ...] = ("eager",)
     cache: tuple[CacheState | Literal["deployed"], ...] = ("deployed",)
+    complete: tuple[bool, ...] = (False,)
     pattern: tuple[Pattern, ...] = ("scored",)
 
     def __post_init__(self) -> None:
@@ -129,7 +132,8 @@ def _override(raw: dict[str, Any], override: str) -> None:
             f"--set {override!r}: expected AXIS=VALUE[,VALUE...] with AXIS of {list(Axes.__struct_fields__)}"
         )
     values = [value.strip() for value in text.split(",") if value.strip()]
-    axes[axis] = [int(value) if value.lstrip("-").isdigit() else value for value in values]
+    words: dict[str, Any] = {"true": True, "false": False}
+    axes[axis] = [int(value) if value.lstrip("-").isdigit() else words.get(value, value) for value in values]
 
 
 def families(sweep: SweepDefinition, device_kind: str) -> list[Family]:
@@ -141,6 +145,8 @@ def families(sweep: SweepDefinition, device_kind: str) -> list[Family]:
     ):
         heads, groups, key_dim, value_dim = shape
         prefix, pattern, fields = kind
+        if mode == "decode":
+            fields = {**fields, "complete": False}
         state: CacheState = ("cold" if device_kind == "cuda" else "hot") if cache == "deployed" else cache
         try:
             problems = tuple(
@@ -157,6 +163,7 @@ def families(sweep: SweepDefinition, device_kind: str) -> list[Family]:
         name = (
             f"{prefix}{mode} B{batch} {heads}/{groups} D{key_dim}" + (f",{value_dim}" if value_dim else "")
             + f" {dtype} {execution} {state} {pattern}"
+            + (" complete" if problems[0].complete else "")
         )  # fmt: skip
         found.append(Family(name=name, pattern=pattern, problems=problems))
     return found
@@ -167,8 +174,10 @@ def _kinds(axes: Axes) -> Iterator[tuple[str, str, dict[str, Any]]]:
     ranged: dict[str, Any] = {"block_size": 0, "topk": 1, "form": "ranges"}
     for operation in axes.operations:
         if operation == "selection":
-            for size, topk, pattern in itertools.product(axes.block_size, axes.topk, axes.pattern):
-                yield "", pattern, {"block_size": size, "topk": topk, "overlap": OVERLAP_OF[pattern]}
+            axes_of = (axes.block_size, axes.topk, axes.complete, axes.pattern)
+            for size, topk, complete, pattern in itertools.product(*axes_of):
+                overlap = OVERLAP_OF[pattern]
+                yield "", pattern, {"block_size": size, "topk": topk, "overlap": overlap, "complete": complete}
         elif operation == "window":
             for window in axes.window:
                 yield f"window {window} ", FIXED, {**ranged, "operation": operation, "window": window}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..selection import Selection
 from ..trace import ParameterValue
+from .launch import Plan, call_key, plans
 from .layout import (
     LOG2E,
     NONE,
@@ -31,12 +32,12 @@ from .layout import (
 
 
 @triton.jit
-def combine_splits(PART, STAT, OUT, LSE, row, heads, columns, H: tl.constexpr, M: tl.constexpr, DV: tl.constexpr,
+def combine_splits(PART, stats, OUT, LSE, row, heads, columns, H: tl.constexpr, M: tl.constexpr, DV: tl.constexpr,
                    DVP: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
-    """Merge SPLITS partial rows (H, DV) of PART with their maxima and totals in STAT (SPLITS, 2, H)."""
+    """Merge SPLITS partial rows (H, DV) of PART with their maxima and totals at ``stats``, (SPLITS, 2, H) per row."""
     parts = tl.arange(0, SPLITS)
     inside = heads < H
-    stat = STAT + row * (SPLITS * 2 * H)
+    stat = stats + row * (SPLITS * 2 * H)
     tops = tl.load(stat + (parts * (2 * H))[:, None] + heads[None, :], mask=inside[None, :], other=0.0,
                    cache_modifier=".cg")  # fmt: skip
     top = tl.max(tops, 0)
@@ -67,7 +68,6 @@ def nsa_decode_forward(
     OUT,
     LSE,
     PART,
-    STAT,
     COUNTER,
     S,
     T,
@@ -121,24 +121,24 @@ def nsa_decode_forward(
     limit = row_limit(POSITION, b, s, length, context_length(LENGTH, b, TENSOR_LENGTH), S, spb, sps)
     row = X + b.to(tl.int64) * sxb + s.to(tl.int64) * sxs + g * sxg
     mine = slots % SPLITS == split
-    e0 = tl.where(mine, first_entries(row, sxn, slots, limit, N, NP, BS), NONE)
+    e0 = tl.where(mine, first_entries(row, sxn, slots, limit, N, BS), NONE)
     e1 = e0
     e2 = e0
     e3 = e0
     if CHUNKS > 1:
-        e1 = tl.where(mine, first_entries(row, sxn, slots + CHUNK_SIZE, limit, N, NP, BS), NONE)
+        e1 = tl.where(mine, first_entries(row, sxn, slots + CHUNK_SIZE, limit, N, BS), NONE)
     if CHUNKS > 2:
-        e2 = tl.where(mine, first_entries(row, sxn, slots + 2 * CHUNK_SIZE, limit, N, NP, BS), NONE)
-        e3 = tl.where(mine, first_entries(row, sxn, slots + 3 * CHUNK_SIZE, limit, N, NP, BS), NONE)
+        e2 = tl.where(mine, first_entries(row, sxn, slots + 2 * CHUNK_SIZE, limit, N, BS), NONE)
+        e3 = tl.where(mine, first_entries(row, sxn, slots + 3 * CHUNK_SIZE, limit, N, BS), NONE)
     base = Q + b.to(tl.int64) * sqb + s.to(tl.int64) * sqs + g.to(tl.int64) * sqg
     q0 = load_query(base, heads, heads * sqh, heads < H, 0, DK, DK0)
     q1 = q0
     if DK1 > 0:
         q1 = load_query(base, heads, heads * sqh, heads < H, DK0, DK, DK1)
     out, top, total = attend(
-        q0, q1, e0, e1, e2, e3, heads, limit, K0, K1, V, b, g, length, scale2,
+        q0, q1, e0, e1, e2, e3, limit, K0, K1, V, b, g, length, scale2,
         skb, skg, skt, svb, svg, svt,
-        M, 0, CHUNKS, DK, DK0, DK1, DV, DVP, BS, DESCRIPTOR,
+        M, CHUNKS, DK, DK0, DK1, DV, DVP, BS, BS, DESCRIPTOR, TENSOR_LENGTH,
     )  # fmt: skip
     place = place.to(tl.int64)
     keep = (heads < H)[:, None] & (columns < DV)[None, :]
@@ -150,21 +150,23 @@ def nsa_decode_forward(
             tl.store(LSE + place * H + heads, logsum, mask=heads < H)
     else:
         part = place * SPLITS + split
+        stats = PART + tl.num_programs(0).to(tl.int64) * (H * DV)
         tl.store(PART + part * (H * DV) + heads[:, None] * DV + columns[None, :], out, mask=keep)
-        tl.store(STAT + part * (2 * H) + heads, top * scale2, mask=heads < H)
-        tl.store(STAT + part * (2 * H) + H + heads, total, mask=heads < H)
+        tl.store(stats + part * (2 * H) + heads, top * scale2, mask=heads < H)
+        tl.store(stats + part * (2 * H) + H + heads, total, mask=heads < H)
         if INSIDE:
             tl.debug_barrier()  # every thread's stores come before the one thread's release
             if tl.atomic_add(COUNTER + place, 1, sem="acq_rel") == SPLITS - 1:
-                combine_splits(PART, STAT, OUT, LSE, place, heads, columns, H, M, DV, DVP, SPLITS)
+                combine_splits(PART, stats, OUT, LSE, place, heads, columns, H, M, DV, DVP, SPLITS)
                 tl.store(COUNTER + place, 0)
 
 
 @triton.jit
-def nsa_decode_combine(PART, STAT, OUT, LSE, H: tl.constexpr, HP: tl.constexpr, DV: tl.constexpr,
+def nsa_decode_combine(PART, OUT, LSE, H: tl.constexpr, HP: tl.constexpr, DV: tl.constexpr,
                        DVP: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
     """Grid (B * S * G,): the same combination as a launch of its own."""
-    combine_splits(PART, STAT, OUT, LSE, tl.program_id(0).to(tl.int64), tl.arange(0, HP), tl.arange(0, DVP),
+    stats = PART + tl.num_programs(0).to(tl.int64) * (SPLITS * H * DV)
+    combine_splits(PART, stats, OUT, LSE, tl.program_id(0).to(tl.int64), tl.arange(0, HP), tl.arange(0, DVP),
                    H, HP, DV, DVP, SPLITS)  # fmt: skip
 
 
@@ -183,30 +185,34 @@ def forward(
     loads: ParameterValue,
 ) -> Tensor:
     """Output (B, S, G, h, Dv); fills ``logsum`` (B, S, G, h) float32 if given. Shapes as in ``nsa.problem``."""
-    batch, queries, groups, heads, _ = unit_last(query, "query").shape
+    batch, queries, groups, heads, _ = query.shape
     rows, split, width = batch * queries * groups, int(splits), value.shape[3]
     out = torch.empty((batch, queries, groups, heads, width), dtype=value.dtype, device=value.device)
-    constants = shape_constants(query, value, selection)
-    sources = key_sources(key, value, selection, constants, str(loads))
-    length, positions, *position_strides = selection_arguments(selection)
     inside = split > 1 and combine == "inside"
-    part = stat = None
-    if split > 1:
-        scratch = torch.empty(rows * split * heads * (width + 2), dtype=torch.float32, device=value.device)
-        part, stat = scratch, scratch[rows * split * heads * width :]
-    nsa_decode_forward[(rows * split,)](
+    name = call_key(query, key, value, selection, "decode", logsum is None, split, combine, warps, stages, loads)
+    known = plans(name)
+    if not known:
+        unit_last(query, "query")
+        constants = shape_constants(query, value, selection)
+        constants |= {"DESCRIPTOR": loads == "descriptor", "SPLITS": split, "INSIDE": inside}
+        known["forward"] = Plan(nsa_decode_forward, constants, {"num_warps": int(warps), "num_stages": int(stages)})
+        wanted = {name: constants[name] for name in ("H", "HP", "DV", "DVP", "SPLITS")}
+        known["combine"] = Plan(nsa_decode_combine, wanted, {"num_warps": 4})
+    plan = known["forward"]
+    part = None
+    if split > 1:  # partial rows, and behind them their maxima and totals
+        part = torch.empty((rows * split * heads, width + 2), dtype=torch.float32, device=value.device)
+    sources = key_sources(key, value, selection, plan.constants, str(loads))
+    length, positions, *position_strides = selection_arguments(selection)
+    plan(
+        rows * split,
         query, *sources, selection.blocks, length, positions, out, logsum,
-        part, stat, counters(rows, value.device) if inside else None,
+        part, counters(rows, value.device) if inside else None,
         queries, key.shape[2], groups, scale * LOG2E, *position_strides,
         *query.stride()[:4], *key.stride()[:3], *value.stride()[:3], *selection.blocks.stride(),
-        **constants, DESCRIPTOR=loads == "descriptor", SPLITS=split, INSIDE=inside,
-        num_warps=int(warps), num_stages=int(stages),
     )  # fmt: skip
     if split > 1 and not inside:
-        nsa_decode_combine[(rows,)](
-            part, stat, out, logsum, H=heads, HP=constants["HP"], DV=width, DVP=constants["DVP"], SPLITS=split,
-            num_warps=4,
-        )  # fmt: skip
+        known["combine"](rows, part, out, logsum)
     return out
 
 
@@ -226,8 +232,9 @@ def counters(rows: int, device: torch.device) -> Tensor:
         return torch.zeros(rows, dtype=torch.int32, device=device)
     if torch.cuda.is_current_stream_capturing():
         pieces = _pools.get(device)
-        if pieces and pieces[0].numel() >= rows:
-            piece, pieces[0] = pieces[0][:rows], pieces[0][rows:]
+        room = -(-rows // 4) * 4  # pieces stay aligned to 16 bytes, which kernels are compiled for
+        if pieces and pieces[0].numel() >= room:
+            piece, pieces[0] = pieces[0][:room], pieces[0][room:]
             return piece
         return torch.zeros(rows, dtype=torch.int32, device=device)
     key = (device, torch.cuda.current_stream(device).cuda_stream)

@@ -21,16 +21,18 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from ..selection import Selection
 from ..trace import ParameterValue
 from .invert import Lists, invert
+from .launch import Plan, call_key, plans
 from .layout import (
     LOG2E,
     context_length,
+    gather_rows,
     key_count,
-    load_query,
     load_rows,
     power_of_two,
     row_limit,
     selection_arguments,
     shape_constants,
+    wide_offsets,
 )
 
 Forward = Callable[[Tensor, Tensor, Tensor, Selection, float, Tensor | None], Tensor]
@@ -54,10 +56,10 @@ def nsa_gradient_block(
     S, T, G, spans, span, item_slots, scale2, spb, sps, sqb, sqs, sqg, sqh, skb, skg, skt, svb, svg, svt,
     H: tl.constexpr, HP: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, DK: tl.constexpr, DK0: tl.constexpr,
     DK1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BS: tl.constexpr, TENSOR_LENGTH: tl.constexpr,
-    TOKENS: tl.constexpr, SPAN: tl.constexpr,
+    TOKENS: tl.constexpr, SPAN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * G * item_slots,): item i of the span of each (b, g). Scores stand transposed, (keys, rows), so that
-    they enter the key and value products without a transposition."""
+    """Grid (B * G * item_slots,): item i of the span of each (b, g). Scores stand transposed, (keys, rows): they enter
+    the key and value products from registers, and every product has 64 or more rows of keys or head dim."""
     pid = tl.program_id(0)
     bg = pid // item_slots
     i = pid % item_slots
@@ -76,30 +78,36 @@ def nsa_gradient_block(
         keys = tl.arange(0, BS)
         columns0 = tl.arange(0, DK0)
         columns = tl.arange(0, DVP)
-        k0 = load_rows(K, b, g, first, length - first, skb, skg, skt, 0, DK, DK0, BS, False)
+        k0 = load_rows(K, b, g, first, length - first, skb, skg, skt, 0, DK, DK0, BS, False, False)
         k1 = k0
         if DK1 > 0:
-            k1 = load_rows(K, b, g, first, length - first, skb, skg, skt, DK0, DK, DK1, BS, False)
-        v = load_rows(V, b, g, first, length - first, svb, svg, svt, 0, DV, DVP, BS, False)
+            k1 = load_rows(K, b, g, first, length - first, skb, skg, skt, DK0, DK, DK1, BS, False, False)
+        v = load_rows(V, b, g, first, length - first, svb, svg, svt, 0, DV, DVP, BS, False, False)
         dk0 = tl.zeros([BS, DK0], tl.float32)
         dk1 = tl.zeros([BS, DK1 if DK1 > 0 else 16], tl.float32)
         dv = tl.zeros([BS, DVP], tl.float32)
         base = Q + b.to(tl.int64) * sqb + g.to(tl.int64) * sqg
+        row = (b.to(tl.int64) * S * G + g) * H
+        pairs = PAIRS + unit * (SPAN * NP)
+        target = PART_Q + bg.to(tl.int64) * (SPAN * NP * H * DK)
         for start in range(low, high, TOKENS):
             place = start + rows // HP
             there = (place < high) & (head < H)
-            pair = tl.load(PAIRS + unit * (SPAN * NP) + place, mask=place < high, other=0)
+            # past the end the last pair stands again: every load is of a row that exists, and weighs nothing
+            pair = tl.load(pairs + tl.minimum(place, high - 1))
             s = pair // NP
             limit = row_limit(POSITION, b, s, length, full, S, spb, sps)
-            row = ((b.to(tl.int64) * S + s) * G + g) * H + head
-            logsum = tl.load(LSE + row, mask=there, other=float("inf"))
-            delta = tl.load(DELTA + row, mask=there, other=0.0)
-            q0 = load_query(base, rows, s.to(tl.int64) * sqs + head * sqh, there, 0, DK, DK0)
-            grad = load_query(GRAD, rows, row * DV, there, 0, DV, DVP)
+            s = s.to(tl.int64) if WIDE else s
+            local = s * (G * H) + tl.minimum(head, H - 1)
+            logsum = tl.load(LSE + row + local)
+            logsum = tl.where(there, logsum, float("inf"))
+            delta = tl.load(DELTA + row + local)
+            q0 = gather_rows(base, s * sqs + head * sqh, head, H, HP, 0, DK, DK0)
+            grad = gather_rows(GRAD + row * DV, local * DV, head, H, HP, 0, DV, DVP)
             score = tl.dot(k0, tl.trans(q0), input_precision="ieee")
             q1 = q0
             if DK1 > 0:
-                q1 = load_query(base, rows, s.to(tl.int64) * sqs + head * sqh, there, DK0, DK, DK1)
+                q1 = gather_rows(base, s * sqs + head * sqh, head, H, HP, DK0, DK, DK1)
                 score = tl.dot(k1, tl.trans(q1), score, input_precision="ieee")
             score = tl.where(keys[:, None] < (limit - first)[None, :], score, -float("inf"))
             weight = tl.math.exp2(score * scale2 - logsum[None, :])
@@ -107,20 +115,20 @@ def nsa_gradient_block(
             slope = tl.dot(v, tl.trans(grad), input_precision="ieee")
             slope = (weight * (slope - delta[None, :])).to(q0.dtype)
             dk0 = tl.dot(slope, q0, dk0, input_precision="ieee")
-            target = (pair - span * (SPAN * NP)).to(tl.int64) + bg.to(tl.int64) * (SPAN * NP)
-            target = (target * H + head)[:, None] * DK
-            turned = tl.trans(slope)
-            dq0 = tl.dot(turned, k0, input_precision="ieee")
-            keep = there[:, None]
+            left = pair - span * (SPAN * NP)
+            left = left.to(tl.int64) if WIDE else left
+            left = ((left * H + head) * DK)[None, :]
+            dq0 = tl.dot(tl.trans(k0), slope, input_precision="ieee")
+            keep = there[None, :]
             if DK0 > DK:
-                keep = keep & (columns0 < DK)[None, :]
-            tl.store(PART_Q + target + columns0[None, :], dq0.to(PART_Q.dtype.element_ty), mask=keep)
+                keep = keep & (columns0 < DK)[:, None]
+            tl.store(target + left + columns0[:, None], dq0.to(PART_Q.dtype.element_ty), mask=keep)
             if DK1 > 0:
                 dk1 = tl.dot(slope, q1, dk1, input_precision="ieee")
-                dq1 = tl.dot(turned, k1, input_precision="ieee")
+                dq1 = tl.dot(tl.trans(k1), slope, input_precision="ieee")
                 columns1 = DK0 + tl.arange(0, DK1)
-                tl.store(PART_Q + target + columns1[None, :], dq1.to(PART_Q.dtype.element_ty),
-                         mask=there[:, None] & (columns1 < DK)[None, :])  # fmt: skip
+                tl.store(target + left + columns1[:, None], dq1.to(PART_Q.dtype.element_ty),
+                         mask=there[None, :] & (columns1 < DK)[:, None])  # fmt: skip
         part = PART_KV + (pid.to(tl.int64) * BS + keys)[:, None] * (DK + DV)
         tl.store(part + columns0[None, :], dk0, mask=(columns0 < DK)[None, :])
         if DK1 > 0:
@@ -137,6 +145,7 @@ def nsa_gradient_query(
 ):  # fmt: skip
     """Grid (B * G * tiles,): a row's query gradient is ``scale`` times the sum of its partials."""
     tiles: tl.constexpr = (SPAN + TILE - 1) // TILE
+    UNROLL: tl.constexpr = min(N, 8)
     pid = tl.program_id(0)
     bg = (pid // tiles).to(tl.int64)
     local = (pid % tiles) * TILE + tl.arange(0, TILE)
@@ -148,7 +157,7 @@ def nsa_gradient_query(
     chosen = tl.load(CHOSEN + bg * S + s, mask=s < S, other=0)
     place = (bg * SPAN + local) * NP
     total = tl.zeros([TILE, HP, DKP], tl.float32)
-    for slot in tl.range(0, N, loop_unroll_factor=4):
+    for slot in tl.range(0, N, loop_unroll_factor=UNROLL):
         here = (((chosen >> slot) & 1) == 1)[:, None] & real
         source = ((place + slot)[:, None] * H + heads[None, :]) * DK
         part = tl.load(PART_Q + source[:, :, None] + columns[None, None, :], mask=here[:, :, None] & inside, other=0.0)
@@ -163,12 +172,13 @@ def nsa_gradient_key(
     PART_KV, RANGES, DKEY, DVALUE, T, spans, span, item_slots, blocks, scale,
     DK: tl.constexpr, DV: tl.constexpr, BS: tl.constexpr, TILE: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * G * blocks, column tiles of DK then of DV): adds a block's item partials, in order, to DKEY and DVALUE
-    (B, G, T, D); with ADD onto what earlier spans left there."""
+    """Grid (B * G * blocks * column tiles, of DK then of DV): adds a block's item partials, in order, to DKEY and
+    DVALUE (B, G, T, D); with ADD onto what earlier spans left there."""
     key_tiles: tl.constexpr = (DK + TILE - 1) // TILE
-    bg = (tl.program_id(0) // blocks).to(tl.int64)
-    block = tl.program_id(0) % blocks
-    tile = tl.program_id(1)
+    tiles: tl.constexpr = key_tiles + (DV + TILE - 1) // TILE
+    tile = tl.program_id(0) % tiles
+    bg = (tl.program_id(0) // (tiles * blocks)).to(tl.int64)
+    block = (tl.program_id(0) // tiles) % blocks
     keys = tl.arange(0, BS)
     low = tl.load(RANGES + ((bg * spans + span) * blocks + block) * 2)
     high = tl.load(RANGES + ((bg * spans + span) * blocks + block) * 2 + 1)
@@ -205,12 +215,13 @@ def backward(
     logsum: Tensor,
     grad: Tensor,
     *,
-    backward_rows: ParameterValue = 64,
+    backward_rows: ParameterValue = 32,
     backward_item_rows: ParameterValue = 2048,
     backward_span: ParameterValue = 16384,
     backward_partial: ParameterValue = "value",
-    backward_warps: ParameterValue = 8,
-    backward_stages: ParameterValue = 2,
+    backward_warps: ParameterValue = 4,
+    backward_stages: ParameterValue = 3,
+    backward_registers: ParameterValue = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; ``out`` (B, S, G, h, Dv) and ``logsum`` (B, S, G, h) are the forward's."""
     batch, queries, groups, heads, width = query.shape
@@ -221,9 +232,6 @@ def backward(
     lists = invert(selection, keys, span=int(backward_span), item_tokens=max(tokens, int(backward_item_rows) // padded))
     grad = grad.contiguous()
     delta = torch.empty_like(logsum)
-    nsa_gradient_delta[(triton.cdiv(logsum.numel(), 32),)](
-        out, grad, delta, logsum.numel(), DV=value_width, DVP=constants["DVP"], TILE=32, num_warps=4
-    )
     single = lists.spans == 1
     sums = torch.float32
     query_grad = torch.empty(query.shape, dtype=query.dtype, device=device)
@@ -235,44 +243,70 @@ def backward(
     part_items = batch * groups * lists.item_slots * selection.block_size
     part_keys = torch.empty(part_items * (width + value_width), dtype=sums, device=device)
     length, positions, *position_strides = selection_arguments(selection)
+    wide = wide_offsets(pairs // (batch * groups) * heads * width, query, grad)
+    tile = min(lists.tile, max(1, 2048 // (padded * power_of_two(width, 16))))
+    name = call_key(
+        query, key, value, selection, "gradient", grad.dtype, (grad.data_ptr() | out.data_ptr()) & 15, tokens,
+        lists.span_tokens, single, wide, part_dtype, backward_warps, backward_stages, backward_registers,
+    )  # fmt: skip
+    known = plans(name)
+    if not known:
+        known.update(
+            _plan({**constants, "WIDE": wide}, tokens, tile, lists, backward_warps, backward_stages, backward_registers)
+        )
+    known["delta"](triton.cdiv(logsum.numel(), 32), out, grad, delta, logsum.numel())
+    columns = triton.cdiv(width, COLUMNS) + triton.cdiv(value_width, COLUMNS)
     for span in range(lists.spans):
-        nsa_gradient_block[(batch * groups * lists.item_slots,)](
+        known["block"](
+            batch * groups * lists.item_slots,
             query, key, value, grad, logsum, delta, length, positions, lists.pairs, lists.items, lists.item_count,
             part_query, part_keys, queries, keys, groups, lists.spans, span, lists.item_slots, scale * LOG2E,
             *position_strides, *query.stride()[:4], *key.stride()[:3], *value.stride()[:3],
-            **constants, TOKENS=tokens, SPAN=lists.span_tokens,
-            num_warps=int(backward_warps), num_stages=int(backward_stages),
         )  # fmt: skip
-        _reduce(query_grad, key_grad, value_grad, part_query, part_keys, lists, span, scale, constants, queries, keys)
+        known["query"](
+            batch * groups * triton.cdiv(lists.span_tokens, tile),
+            part_query, lists.chosen, query_grad, queries, groups, span, scale,
+        )  # fmt: skip
+        known["key" if span == 0 else "key_add"](
+            batch * groups * lists.blocks * columns,
+            part_keys, lists.ranges, key_grad, value_grad, keys, lists.spans, span, lists.item_slots, lists.blocks,
+            scale,
+        )  # fmt: skip
     return query_grad, key_grad.to(key.dtype), value_grad.to(value.dtype)
 
 
-def _reduce(
-    query_grad: Tensor,
-    key_grad: Tensor,
-    value_grad: Tensor,
-    part_query: Tensor,
-    part_keys: Tensor,
-    lists: Lists,
-    span: int,
-    scale: float,
+COLUMNS = 32
+"""Columns of a key or value gradient that one program adds up."""
+
+
+def _plan(
     constants: dict[str, Any],
-    queries: int,
-    keys: int,
-) -> None:
-    batch, _, groups, heads, width = query_grad.shape
-    padded, width_padded = constants["HP"], power_of_two(width, 16)
-    tile = max(1, 2048 // (padded * width_padded))
-    nsa_gradient_query[(batch * groups * triton.cdiv(lists.span_tokens, tile),)](
-        part_query, lists.chosen, query_grad, queries, groups, span, scale, H=heads, HP=padded, N=constants["N"],
-        NP=constants["NP"], DK=width, DKP=width_padded, TILE=tile, SPAN=lists.span_tokens, num_warps=4,
-    )  # fmt: skip
-    columns = 32
-    tiles = triton.cdiv(width, columns) + triton.cdiv(constants["DV"], columns)
-    nsa_gradient_key[(batch * groups * lists.blocks, tiles)](
-        part_keys, lists.ranges, key_grad, value_grad, keys, lists.spans, span, lists.item_slots, lists.blocks, scale,
-        DK=width, DV=constants["DV"], BS=constants["BS"], TILE=columns, ADD=span > 0, num_warps=4, num_stages=4,
-    )  # fmt: skip
+    tokens: int,
+    tile: int,
+    lists: Lists,
+    warps: ParameterValue,
+    stages: ParameterValue,
+    registers: ParameterValue,
+) -> dict[str, Plan]:
+    """The launches of one backward."""
+    sizes = {name: constants[name] for name in ("H", "HP", "N", "NP", "DK")}
+    adding = {name: constants[name] for name in ("DK", "DV", "BS")}
+    options = {"num_warps": int(warps), "num_stages": int(stages), "maxnreg": int(registers) or None}
+    few = {"num_warps": 4}
+    keys = {
+        name: Plan(nsa_gradient_key, {**adding, "TILE": COLUMNS, "ADD": name == "key_add"}, {**few, "num_stages": 4})
+        for name in ("key", "key_add")
+    }
+    return {
+        "delta": Plan(nsa_gradient_delta, {"DV": constants["DV"], "DVP": constants["DVP"], "TILE": 32}, few),
+        "block": Plan(nsa_gradient_block, {**constants, "TOKENS": tokens, "SPAN": lists.span_tokens}, options),
+        "query": Plan(
+            nsa_gradient_query,
+            {**sizes, "DKP": power_of_two(constants["DK"], 16), "TILE": tile, "SPAN": lists.span_tokens},
+            few,
+        ),
+        **keys,
+    }
 
 
 class SelectionFunction(torch.autograd.Function):

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..selection import Selection
+from .launch import Plan, plans, selection_key
 from .layout import context_length, key_count, power_of_two, row_limit, selection_arguments
 
 BITMAP_TOKENS = 512
@@ -27,7 +28,7 @@ class Lists(NamedTuple):
 
     ``chosen`` (B*G, S) int64: bit i says that slot i counts. ``pairs`` (U, span_tokens * NP) int32: token * NP + slot.
     ``items`` (U, item_slots, 3) int32: block, first and end pair. ``item_count`` (U,) int32. ``ranges`` (U, blocks, 2)
-    int32: each block's items. ``flags`` (2, U) int32 zeros, for the caller's own counting.
+    int32: each block's items.
     """
 
     chosen: Tensor
@@ -35,11 +36,15 @@ class Lists(NamedTuple):
     items: Tensor
     item_count: Tensor
     ranges: Tensor
-    flags: Tensor
     spans: int
     span_tokens: int
     item_slots: int
     blocks: int
+
+    @property
+    def tile(self) -> int:
+        """The largest power of two that divides a span: tiles of tokens up to it lie in one span."""
+        return self.span_tokens & -self.span_tokens
 
 
 @triton.jit
@@ -219,32 +224,39 @@ def invert(selection: Selection, keys: int, *, span: int, item_tokens: int) -> L
     units, cells = batch * groups * spans, batch * groups * bitmaps * blocks
     item_slots = min(blocks, span_tokens * slots) + span_tokens * slots // item_tokens
     words = bitmap_tokens // 32
-    zeros = torch.zeros(cells * (words + 1) + 2 * units, dtype=torch.int32, device=device)
-    bits, counts, flags = zeros.split((cells * words, cells, 2 * units))
-    fresh = torch.empty(
-        cells + units * (span_tokens * padded + 3 * item_slots + 1 + 2 * blocks), dtype=torch.int32, device=device
-    )
-    base, pairs, items, item_count, ranges = fresh.split(
-        (cells, units * span_tokens * padded, units * item_slots * 3, units, units * blocks * 2)
-    )
+    zeros = torch.zeros(aligned(cells * words) + aligned(cells), dtype=torch.int32, device=device)
+    bits, counts = pieces(zeros, cells * words, cells)
+    sizes = (cells, units * span_tokens * padded, units * item_slots * 3, units, units * blocks * 2)
+    fresh = torch.empty(sum(map(aligned, sizes)), dtype=torch.int32, device=device)
+    base, pairs, items, item_count, ranges = pieces(fresh, *sizes)
     chosen = torch.empty(batch * groups * queries, dtype=torch.int64, device=device)
     length, positions, *position_strides = selection_arguments(selection)
     tile = max(1, min(bitmap_tokens, 512 // padded))
-    grid = (batch * groups * triton.cdiv(queries, tile),)
-    nsa_invert_mark[grid](
-        indices, length, positions, chosen, bits, counts, queries, keys, groups, *position_strides, *indices.stride(),
-        blocks, bitmaps, N=slots, NP=padded, BS=selection.block_size, TENSOR_LENGTH=isinstance(length, Tensor),
-        TILE=tile, WORDS=words, num_warps=4,
-    )  # fmt: skip
     bitmaps_padded = power_of_two(span_bitmaps)
-    nsa_invert_offsets[(units,)](
-        counts, base, items, item_count, ranges, blocks, bitmaps, spans, item_slots,
-        SPAN_BITMAPS=span_bitmaps, BITMAPS_PADDED=bitmaps_padded,
-        BLOCK_TILE=min(power_of_two(blocks), max(16, min(1024, 8192 // bitmaps_padded))), ITEM_TOKENS=item_tokens,
-        num_warps=8,
+    block_tile = min(power_of_two(blocks), max(16, min(1024, 8192 // bitmaps_padded)))
+    known = plans((*selection_key(selection), groups, "invert", item_tokens, tile, words, span_bitmaps, block_tile))
+    if not known:
+        shared = {"NP": padded, "TILE": tile, "WORDS": words}
+        marked = {"N": slots, "BS": selection.block_size, "TENSOR_LENGTH": isinstance(length, Tensor), **shared}
+        listed = {"SPAN_BITMAPS": span_bitmaps, "BITMAPS_PADDED": bitmaps_padded, "BLOCK_TILE": block_tile}
+        known["mark"] = Plan(nsa_invert_mark, marked, {"num_warps": 4})
+        known["offsets"] = Plan(nsa_invert_offsets, {**listed, "ITEM_TOKENS": item_tokens}, {"num_warps": 8})
+        known["fill"] = Plan(nsa_invert_fill, {**shared, "SPAN_BITMAPS": span_bitmaps}, {"num_warps": 4})
+    grid = batch * groups * triton.cdiv(queries, tile)
+    known["mark"](
+        grid, indices, length, positions, chosen, bits, counts, queries, keys, groups,
+        *position_strides, *indices.stride(), blocks, bitmaps,
     )  # fmt: skip
-    nsa_invert_fill[grid](
-        indices, chosen, bits, base, pairs, queries, groups, *indices.stride(), blocks, bitmaps, spans,
-        NP=padded, TILE=tile, WORDS=words, SPAN_BITMAPS=span_bitmaps, num_warps=4,
-    )  # fmt: skip
-    return Lists(chosen, pairs, items, item_count, ranges, flags, spans, span_tokens, item_slots, blocks)
+    known["offsets"](units, counts, base, items, item_count, ranges, blocks, bitmaps, spans, item_slots)
+    known["fill"](grid, indices, chosen, bits, base, pairs, queries, groups, *indices.stride(), blocks, bitmaps, spans)
+    return Lists(chosen, pairs, items, item_count, ranges, spans, span_tokens, item_slots, blocks)
+
+
+def aligned(size: int) -> int:
+    """``size`` int32 rounded up to 16 bytes, for which kernels are compiled."""
+    return -(-size // 4) * 4
+
+
+def pieces(whole: Tensor, *sizes: int) -> list[Tensor]:
+    """Consecutive aligned pieces of a buffer, each cut to its size."""
+    return [part[:size] for part, size in zip(whole.split([aligned(size) for size in sizes]), sizes, strict=True)]

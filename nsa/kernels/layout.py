@@ -29,31 +29,20 @@ CHUNK = 32
 @triton.jit
 def key_count(LENGTH, b, T, TENSOR_LENGTH: tl.constexpr):
     """Keys that exist for batch entry ``b``: its context length, at most T."""
-    if TENSOR_LENGTH:
-        length = tl.load(LENGTH + b).to(tl.int32)
-    else:
-        length = LENGTH
-    return tl.minimum(length, T)
+    return tl.minimum(context_length(LENGTH, b, TENSOR_LENGTH), T)
 
 
 @triton.jit
 def row_limit(POSITION, b, s, length, full_length, S, spb, sps):
     """Keys that query ``s`` (scalar or tensor) may see. ``full_length`` is the context length before the cut to T."""
-    if POSITION is not None:
-        position = tl.load(POSITION + b * spb + s * sps).to(tl.int32)
-    else:
-        position = full_length - S + s
+    position = tl.load(POSITION + b * spb + s * sps).to(tl.int32) if POSITION is not None else full_length - S + s
     return tl.maximum(tl.minimum(length, position + 1), 0)
 
 
 @triton.jit
 def context_length(LENGTH, b, TENSOR_LENGTH: tl.constexpr):
     """The caller's context length of batch entry ``b``, not cut to T."""
-    if TENSOR_LENGTH:
-        length = tl.load(LENGTH + b).to(tl.int32)
-    else:
-        length = LENGTH
-    return length
+    return tl.load(LENGTH + b).to(tl.int32) if TENSOR_LENGTH else LENGTH
 
 
 @triton.jit
@@ -71,13 +60,17 @@ def load_rows(
     PADDED: tl.constexpr,
     BS: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
+    CLEAR: tl.constexpr,
 ):
     """Rows first .. first + BS of (b, g), columns COLUMN .. COLUMN + PADDED, as (BS, PADDED); zero past the edges.
 
-    By descriptor the edge is the tensor's end, by pointer ``rows_left`` rows and WIDTH columns.
+    By descriptor the edge is the tensor's end, or ``rows_left`` with CLEAR; by pointer ``rows_left`` rows and WIDTH
+    columns. What lies behind a context length may be NaN: harmless in keys, which are masked, but not in values.
     """
     if DESCRIPTOR:
         tile = SOURCE.load([b, g, first, COLUMN]).reshape(BS, PADDED)
+        if CLEAR:
+            tile = tl.where((tl.arange(0, BS) < rows_left)[:, None], tile, 0.0).to(tile.dtype)
     else:
         rows = tl.arange(0, BS)
         columns = tl.arange(0, PADDED)
@@ -97,13 +90,16 @@ def row_entries(pointers, slots, limit, N: tl.constexpr, BS: tl.constexpr):
 
 
 @triton.jit
-def first_entries(base, stride, slots, limit, N: tl.constexpr, NP: tl.constexpr, BS: tl.constexpr):
-    """A row's blocks at ``slots`` (any part of the row), NONE where invalid or seen at a lower slot."""
+def first_entries(base, stride, slots, limit, N: tl.constexpr, BS: tl.constexpr):
+    """A row's blocks at ``slots`` (any part of the row), NONE where invalid or seen at a lower slot.
+
+    Compared with one scalar after the other: no shuffles and no barriers, all loads at once.
+    """
     entry = row_entries(base + slots * stride, slots, limit, N, BS)
-    others = tl.arange(0, NP)
-    other = row_entries(base + others * stride, others, limit, N, BS)
-    earlier = (entry[:, None] == other[None, :]) & (others[None, :] < slots[:, None])
-    return tl.where((entry >= 0) & (tl.sum(earlier.to(tl.int32), 1) == 0), entry, NONE)
+    again = tl.zeros_like(entry)
+    for i in tl.static_range(N - 1):
+        again |= ((tl.load(base + i * stride) == entry) & (slots > i)).to(tl.int32)
+    return tl.where((entry >= 0) & (again == 0), entry, NONE)
 
 
 @triton.jit
@@ -140,70 +136,56 @@ def load_query(base, rows, offsets, mask, COLUMN: tl.constexpr, WIDTH: tl.conste
 
 
 @triton.jit
-def attend(
-    q0,
-    q1,
-    e0,
-    e1,
-    e2,
-    e3,
-    member,
-    limit,
-    K0,
-    K1,
-    V,
-    b,
-    g,
-    length,
-    scale2,
-    skb,
-    skg,
-    skt,
-    svb,
-    svg,
-    svt,
-    M: tl.constexpr,
-    TOKENS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    DK: tl.constexpr,
-    DK0: tl.constexpr,
-    DK1: tl.constexpr,
-    DV: tl.constexpr,
-    DVP: tl.constexpr,
-    BS: tl.constexpr,
-    DESCRIPTOR: tl.constexpr,
-):
-    """Online softmax of M query rows over the entries held in registers, in ascending order.
+def gather_rows(
+    base, offsets, head, H: tl.constexpr, HP: tl.constexpr, COLUMN: tl.constexpr, WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+):  # fmt: skip
+    """Rows (M, PADDED) at ``base + offsets`` that all exist, but for padded heads; unmasked where nothing is padded."""
+    columns = tl.arange(0, PADDED)
+    pointers = base + offsets[:, None] + (columns + COLUMN)[None, :]
+    if COLUMN + PADDED > WIDTH:
+        tile = tl.load(pointers, mask=(head < H)[:, None] & (columns < WIDTH - COLUMN)[None, :], other=0.0)
+    elif H < HP:
+        tile = tl.load(pointers, mask=(head < H)[:, None], other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
 
-    An entry is ``block << TOKENS | bits`` where bit i says that token i of the tile chose the block; with TOKENS 0 it
-    is the block and every row chose it. ``member`` (M,) is each row's token, ``limit`` (M,) or scalar its limit.
-    Returns (weighted values (M, DVP), running maximum (M,), total (M,)), not yet divided.
+
+@triton.jit
+def attend(
+    q0, q1, e0, e1, e2, e3, limit, K0, K1, V, b, g, length, scale2, skb, skg, skt, svb, svg, svt,
+    M: tl.constexpr, CHUNKS: tl.constexpr, DK: tl.constexpr, DK0: tl.constexpr, DK1: tl.constexpr,
+    DV: tl.constexpr, DVP: tl.constexpr, BS: tl.constexpr, STEP: tl.constexpr, DESCRIPTOR: tl.constexpr,
+    TENSOR_LENGTH: tl.constexpr,
+):  # fmt: skip
+    """Online softmax of M query rows over the blocks in the registers ``e0`` to ``e3``, in ascending order.
+
+    Returns (weighted values (M, DVP), running maximum (M,), total (M,)), not yet divided. STEP keys are taken at a
+    time: fewer than a block need less shared memory, so that more programs share a multiprocessor.
     The loop has no branch, so that its loads are pipelined.
     """
     top = tl.full([M], LOWEST, tl.float32)
     total = tl.zeros([M], tl.float32)
     out = tl.zeros([M, DVP], tl.float32)
-    keys = tl.arange(0, BS)
+    keys = tl.arange(0, STEP)
+    parts: tl.constexpr = BS // STEP
     last = -1
-    for _ in range(count_entries(e0, e1, e2, e3, CHUNKS)):
+    for i in range(count_entries(e0, e1, e2, e3, CHUNKS) * parts):
         entry = next_entry(e0, e1, e2, e3, last, CHUNKS)
-        last = entry
-        first = (entry >> TOKENS) * BS
-        k0 = load_rows(K0, b, g, first, length - first, skb, skg, skt, 0, DK, DK0, BS, DESCRIPTOR)
+        last = tl.where(i % parts == parts - 1, entry, last)
+        first = entry * BS + (i % parts) * STEP
+        k0 = load_rows(K0, b, g, first, length - first, skb, skg, skt, 0, DK, DK0, STEP, DESCRIPTOR, False)
         score = tl.dot(q0, tl.trans(k0), input_precision="ieee")
         if DK1 > 0:
-            k1 = load_rows(K1, b, g, first, length - first, skb, skg, skt, DK0, DK, DK1, BS, DESCRIPTOR)
+            k1 = load_rows(K1, b, g, first, length - first, skb, skg, skt, DK0, DK, DK1, STEP, DESCRIPTOR, False)
             score = tl.dot(q1, tl.trans(k1), score, input_precision="ieee")
-        if TOKENS > 0:
-            reach = tl.where(((entry >> member) & 1) == 1, limit - first, 0)
-            score = tl.where(keys[None, :] < reach[:, None], score, -float("inf"))
-        else:
-            score = tl.where((keys < limit - first)[None, :], score, -float("inf"))
+        score = tl.where((keys < limit - first)[None, :], score, -float("inf"))
         new_top = tl.maximum(top, tl.max(score, 1))
         weight = tl.math.exp2(score * scale2 - (new_top * scale2)[:, None])
         decay = tl.math.exp2((top - new_top) * scale2)
         total = total * decay + tl.sum(weight, 1)
-        v = load_rows(V, b, g, first, length - first, svb, svg, svt, 0, DV, DVP, BS, DESCRIPTOR)
+        v = load_rows(V, b, g, first, length - first, svb, svg, svt, 0, DV, DVP, STEP, DESCRIPTOR, TENSOR_LENGTH)
         out = tl.dot(weight.to(v.dtype), v, out * decay[:, None], input_precision="ieee")
         top = new_top
     return out, top, total
@@ -261,6 +243,12 @@ def selection_arguments(selection: Selection) -> tuple[Any, ...]:
     return selection.context_length, positions, *strides
 
 
+def wide_offsets(spanned: int, *tensors: Tensor) -> bool:
+    """Whether an offset inside one (b, g) of the tensors, or among ``spanned`` elements, needs 64 bits."""
+    rows = (tensor.shape[1] * abs(tensor.stride(1)) + tensor.shape[3] * abs(tensor.stride(3)) for tensor in tensors)
+    return max(spanned, *rows) >= 2**31
+
+
 def unit_last(tensor: Tensor, name: str) -> Tensor:
     """The tensor itself. Raises ArgumentError unless its last dimension is contiguous."""
     if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
@@ -269,21 +257,19 @@ def unit_last(tensor: Tensor, name: str) -> Tensor:
 
 
 def key_sources(
-    key: Tensor, value: Tensor, selection: Selection, constants: dict[str, int | bool], loads: str
+    key: Tensor, value: Tensor, selection: Selection, constants: dict[str, int | bool], loads: str, step: int = 0
 ) -> tuple[Any, Any, Any]:
-    """(K0, K1, V) as kernels take them: the tensors, or tensor-map descriptors of one block each.
+    """(K0, K1, V) as kernels take them: the tensors, or tensor-map descriptors of ``step`` keys each, 0 = a block.
 
-    Raises UnsupportedPathError where descriptors cannot be: strides that are no multiple of 16 bytes, or a context
-    length on the device (what lies behind it could be NaN, and a descriptor reads it).
+    Raises UnsupportedPathError where descriptors cannot be: start or strides that are no multiple of 16 bytes.
     """
     unit_last(key, "key")
     unit_last(value, "value")
     if loads == "pointer":
         return key, key, value
-    if isinstance(selection.context_length, Tensor):
-        raise UnsupportedPathError("descriptor loads need a context length known on the host; take loads='pointer'")
-    keys = min(key.shape[2], selection.context_length)
-    size = selection.block_size
+    length = selection.context_length
+    keys = key.shape[2] if isinstance(length, Tensor) else min(key.shape[2], length)
+    size = step or selection.block_size
     second = _descriptor(key, keys, size, int(constants["DK1"])) if constants["DK1"] else None
     return (
         _descriptor(key, keys, size, int(constants["DK0"])),
@@ -292,7 +278,7 @@ def key_sources(
     )
 
 
-def _descriptor(tensor: Tensor, keys: int, block_size: int, width: int) -> TensorDescriptor:
+def _descriptor(tensor: Tensor, keys: int, step: int, width: int) -> TensorDescriptor:
     item = tensor.element_size()
     if any(stride * item % 16 for stride in tensor.stride()[:3]) or tensor.data_ptr() % 16:
         raise UnsupportedPathError(
@@ -300,4 +286,4 @@ def _descriptor(tensor: Tensor, keys: int, block_size: int, width: int) -> Tenso
             "take loads='pointer'"
         )
     shape = [tensor.shape[0], tensor.shape[1], keys, tensor.shape[3]]
-    return TensorDescriptor(tensor, shape, list(tensor.stride()), [1, 1, block_size, width])
+    return TensorDescriptor(tensor, shape, list(tensor.stride()), [1, 1, step, width])

@@ -21,6 +21,7 @@ BACKWARD_PARAMETERS = (
     "backward_partial",
     "backward_warps",
     "backward_stages",
+    "backward_registers",
 )
 KERNELS = {
     "triton_token": r"^nsa_token_forward$",
@@ -89,6 +90,17 @@ def loads_reason(path: str, loads: str, problem: SelectionProblem, device: torch
     return None
 
 
+def loads_ladder(path: str, problem: SelectionProblem, device: torch.device) -> Ladder:
+    """How blocks are loaded: by ``descriptor`` (one instruction a block, a third fewer registers) where that can be.
+
+    Decode keeps ``pointer``: making two descriptors costs the host more than the kernel takes.
+    """
+    if loads_reason(path, "descriptor", problem, device):
+        return {"name": "loads", "ladder": ("pointer",), "default": "pointer"}
+    best = "descriptor" if device.type == "cuda" and problem.mode != "decode" else "pointer"
+    return {"name": "loads", "ladder": ("pointer", "descriptor"), "default": best}
+
+
 def shared_reason(path: str, needed: int) -> str | None:
     """Why a program of about ``needed`` bytes of shared memory cannot start; None if it can."""
     if needed <= SHARED_BYTES:
@@ -101,23 +113,32 @@ def padded(size: int, least: int = 1) -> int:
     return max(least, 1 << (size - 1).bit_length())
 
 
+def parts(size: int, part: int) -> int:
+    """How many parts of ``part`` cover ``size``."""
+    return -(-size // part)
+
+
 def block_bytes(problem: SelectionProblem) -> int:
     """Bytes of one block's keys and values as kernels hold them."""
     return problem.block_size * (padded(problem.Dk, 16) + padded(problem.Dv, 16)) * problem.item_bytes
 
 
 def backward_ladders(problem: SelectionProblem) -> list[Ladder]:
-    """The tunables of the common backward, for problems of mode ``train``."""
+    """The tunables of the common backward, for problems of mode ``train``.
+
+    One stage is left out: on an H200 it ended in an illegal memory access that nobody has explained yet (docs/log.md).
+    """
     if problem.mode != "train":
         return []
     wide = problem.dtype == "float32"
     return [
-        {"name": "backward_rows", "ladder": (32, 64, 128), "default": 32 if wide else 64},
+        {"name": "backward_rows", "ladder": (32, 64, 128), "default": 32},
         {"name": "backward_item_rows", "ladder": (1024, 2048, 4096), "default": 2048},
         {"name": "backward_span", "ladder": (0, 4096, 16384, 65536), "default": 16384},
         {"name": "backward_partial", "ladder": ("value", "float32"), "default": "value"},
-        {"name": "backward_warps", "ladder": (4, 8), "default": 8},
-        {"name": "backward_stages", "ladder": (1, 2, 3), "default": 1 if wide else 2},
+        {"name": "backward_warps", "ladder": (4, 8), "default": 4},
+        {"name": "backward_stages", "ladder": (2, 3, 4), "default": 2 if wide else 3},
+        {"name": "backward_registers", "ladder": (0, 128, 168), "default": 0},
     ]
 
 

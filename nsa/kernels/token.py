@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..selection import Selection
 from ..trace import ParameterValue
+from .launch import Plan, call_key, plans
 from .layout import (
     LOG2E,
     attend,
@@ -71,6 +72,7 @@ def nsa_token_forward(
     BS: tl.constexpr,
     TENSOR_LENGTH: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
+    STEP: tl.constexpr,
     GROUP_FIRST: tl.constexpr,
 ):
     """Grid (B * S * G,). With GROUP_FIRST neighbours in the grid are groups of one token, else tokens of one group."""
@@ -91,24 +93,24 @@ def nsa_token_forward(
     length = key_count(LENGTH, b, T, TENSOR_LENGTH)
     limit = row_limit(POSITION, b, s, length, context_length(LENGTH, b, TENSOR_LENGTH), S, spb, sps)
     row = X + b.to(tl.int64) * sxb + s.to(tl.int64) * sxs + g * sxg
-    e0 = first_entries(row, sxn, slots, limit, N, NP, BS)
+    e0 = first_entries(row, sxn, slots, limit, N, BS)
     e1 = e0
     e2 = e0
     e3 = e0
     if CHUNKS > 1:
-        e1 = first_entries(row, sxn, slots + CHUNK_SIZE, limit, N, NP, BS)
+        e1 = first_entries(row, sxn, slots + CHUNK_SIZE, limit, N, BS)
     if CHUNKS > 2:
-        e2 = first_entries(row, sxn, slots + 2 * CHUNK_SIZE, limit, N, NP, BS)
-        e3 = first_entries(row, sxn, slots + 3 * CHUNK_SIZE, limit, N, NP, BS)
+        e2 = first_entries(row, sxn, slots + 2 * CHUNK_SIZE, limit, N, BS)
+        e3 = first_entries(row, sxn, slots + 3 * CHUNK_SIZE, limit, N, BS)
     base = Q + b.to(tl.int64) * sqb + s.to(tl.int64) * sqs + g.to(tl.int64) * sqg
     q0 = load_query(base, heads, heads * sqh, heads < H, 0, DK, DK0)
     q1 = q0
     if DK1 > 0:
         q1 = load_query(base, heads, heads * sqh, heads < H, DK0, DK, DK1)
     out, top, total = attend(
-        q0, q1, e0, e1, e2, e3, heads, limit, K0, K1, V, b, g, length, scale2,
+        q0, q1, e0, e1, e2, e3, limit, K0, K1, V, b, g, length, scale2,
         skb, skg, skt, svb, svg, svt,
-        M, 0, CHUNKS, DK, DK0, DK1, DV, DVP, BS, DESCRIPTOR,
+        M, CHUNKS, DK, DK0, DK1, DV, DVP, BS, STEP, DESCRIPTOR, TENSOR_LENGTH,
     )  # fmt: skip
     out, logsum = finish(out, top, total, scale2)
     place = ((b.to(tl.int64) * S + s) * G + g) * H
@@ -128,22 +130,31 @@ def forward(
     scale: float,
     logsum: Tensor | None,
     *,
+    step: ParameterValue,
     warps: ParameterValue,
     stages: ParameterValue,
     order: ParameterValue,
     loads: ParameterValue,
 ) -> Tensor:
     """Output (B, S, G, h, Dv); fills ``logsum`` (B, S, G, h) float32 if given. Shapes as in ``nsa.problem``."""
-    batch, queries, groups, heads, _ = unit_last(query, "query").shape
+    batch, queries, groups, heads, _ = query.shape
     out = torch.empty((batch, queries, groups, heads, value.shape[3]), dtype=value.dtype, device=value.device)
-    constants = shape_constants(query, value, selection)
-    sources = key_sources(key, value, selection, constants, str(loads))
+    keys = min(int(step), selection.block_size)
+    name = call_key(query, key, value, selection, "token", logsum is None, keys, warps, stages, order, loads)
+    known = plans(name)
+    if not known:
+        unit_last(query, "query")
+        constants = shape_constants(query, value, selection)
+        constants |= {"DESCRIPTOR": loads == "descriptor", "STEP": keys, "GROUP_FIRST": order == "group"}
+        options = {"num_warps": int(warps), "num_stages": int(stages)}
+        known["forward"] = Plan(nsa_token_forward, constants, options)
+    plan = known["forward"]
+    sources = key_sources(key, value, selection, plan.constants, str(loads), keys)
     length, positions, *position_strides = selection_arguments(selection)
-    nsa_token_forward[(batch * queries * groups,)](
+    plan(
+        batch * queries * groups,
         query, *sources, selection.blocks, length, positions, out, logsum,
         queries, key.shape[2], groups, scale * LOG2E, *position_strides,
         *query.stride()[:4], *key.stride()[:3], *value.stride()[:3], *selection.blocks.stride(),
-        **constants, DESCRIPTOR=loads == "descriptor", GROUP_FIRST=order == "group",
-        num_warps=int(warps), num_stages=int(stages),
     )  # fmt: skip
     return out

@@ -1,6 +1,7 @@
 """PATHS: every way to run one of the three operations, by name. A literal; a new path is a new file and a new entry."""
 
 from . import (
+    causal_prefix,
     dense,
     flash_attn_compressed,
     flash_attn_window,
@@ -10,6 +11,7 @@ from . import (
     reference,
     sdpa_compressed,
     sdpa_window,
+    triton_block,
     triton_decode,
     triton_token,
     triton_union,
@@ -84,6 +86,17 @@ PATHS: dict[str, SelectionPath] = {
         unsupported=flex.unsupported,
         evidence=flex.evidence,
     ),
+    "causal_prefix": SelectionPath(
+        name="causal_prefix",
+        target=".causal_prefix:run",
+        summary="rows whose whole context is selected by dense causal attention, the rest by another path",
+        modes=("prefill", "train"),
+        deterministic=False,  # the library's gradients add up with atomics
+        needs_complete=True,
+        tunables=causal_prefix.tunables,
+        unsupported=causal_prefix.unsupported,
+        evidence=causal_prefix.evidence,
+    ),
     "triton_token": SelectionPath(
         name="triton_token",
         target=".triton_token:run",
@@ -103,6 +116,16 @@ PATHS: dict[str, SelectionPath] = {
         tunables=triton_union.tunables,
         unsupported=triton_union.unsupported,
         evidence=triton_union.evidence,
+    ),
+    "triton_block": SelectionPath(
+        name="triton_block",
+        target=".triton_block:run",
+        summary="one Triton program per block and rows that chose it, partials merged per row",
+        modes=("prefill", "train"),
+        deterministic=True,
+        tunables=triton_block.tunables,
+        unsupported=triton_block.unsupported,
+        evidence=triton_block.evidence,
     ),
     "triton_decode": SelectionPath(
         name="triton_decode",

@@ -101,6 +101,7 @@ class SelectionPath(msgspec.Struct, frozen=True, kw_only=True):
     ``evidence(problem, device, parameters, lengths)``: what one call must show; ``lengths`` are the rows' key counts.
     ``dispatchable``: may be chosen by a table; the oracle may not.
     ``slow_to_build``: takes tens of seconds to compile on a CPU, so only ``--effort full`` tries it there.
+    ``needs_complete``: runs complete selections only.
     """
 
     name: str
@@ -114,6 +115,7 @@ class SelectionPath(msgspec.Struct, frozen=True, kw_only=True):
     operations: tuple[Operation, ...] = ("selection",)
     dispatchable: bool = True
     slow_to_build: bool = False
+    needs_complete: bool = False
 
     def function(self) -> PathRun:
         """The path's run function, imported now."""
@@ -133,10 +135,21 @@ class SelectionPath(msgspec.Struct, frozen=True, kw_only=True):
             return f"{self.name} is no path of {problem.operation}"
         if problem.mode not in self.modes:
             return f"{self.name} has no {problem.mode} mode"
+        if self.needs_complete and not problem.complete:
+            return f"{self.name} needs a selection that is declared complete"
         known = {parameter.name for parameter in self.tunables(problem, device)}
         if not known.issuperset(parameters):
             return f"{self.name} has no parameter {sorted(set(parameters) - known)}; it has {sorted(known)}"
         return self.unsupported(problem, device, parameters)
+
+
+def registered(name: str) -> SelectionPath:
+    """The path of that name in PATHS, asked for when it is needed: for a path that hands rows to another.
+
+    Paths never import one another, and PATHS imports every path; so the lookup stands here and happens late.
+    """
+    path: SelectionPath = importlib.import_module(__package__).PATHS[name]
+    return path
 
 
 @cache

@@ -23,7 +23,6 @@ def tunables(problem: SelectionProblem, device: torch.device) -> tuple[Parameter
 
     Default: about two programs per multiprocessor of a large GPU.
     """
-    descriptor = support.loads_reason("triton_decode", "descriptor", problem, device) is None
     ladder = tuple(size for size in (1, 2, 4, 8, 16, 32) if size <= support.padded(problem.topk))
     fitting = [size for size in ladder if size * problem.rows <= 256]
     return (
@@ -31,7 +30,7 @@ def tunables(problem: SelectionProblem, device: torch.device) -> tuple[Parameter
         Parameter("combine", ("inside", "launch"), "inside"),
         Parameter("warps", (1, 2, 4, 8), 4),
         Parameter("stages", (2, 3, 4), 2),
-        Parameter("loads", ("pointer", "descriptor") if descriptor else ("pointer",), "pointer"),
+        Parameter(**support.loads_ladder("triton_decode", problem, device)),
         *(Parameter(**ladder) for ladder in support.backward_ladders(problem)),
     )
 

@@ -16,14 +16,14 @@ from .base import Evidence, Parameter, Parameters
 
 
 def tunables(problem: SelectionProblem, device: torch.device) -> tuple[Parameter, ...]:
-    """``warps`` and ``stages`` of the kernel; ``order``: which neighbours run together, tokens of one ``group`` or
-    groups of one ``token``; ``loads`` of keys and values; in mode train the backward's."""
-    descriptor = support.loads_reason("triton_token", "descriptor", problem, device) is None
+    """``step``: keys at a time; ``warps`` and ``stages`` of the kernel; ``order``: what runs side by side, tokens
+    of a ``group`` or groups of a ``token``; ``loads`` of keys and values; in mode train the backward's."""
     return (
+        Parameter("step", tuple(size for size in (16, 32, 64, 128) if size <= problem.block_size), problem.block_size),
         Parameter("warps", (1, 2, 4, 8), 4),
         Parameter("stages", (2, 3, 4), 2),
         Parameter("order", ("group", "token"), "group"),
-        Parameter("loads", ("pointer", "descriptor") if descriptor else ("pointer",), "pointer"),
+        Parameter(**support.loads_ladder("triton_token", problem, device)),
         *(Parameter(**ladder) for ladder in support.backward_ladders(problem)),
     )
 
@@ -34,7 +34,8 @@ def unsupported(problem: SelectionProblem, device: torch.device, parameters: Par
         return reason
     if reason := support.loads_reason("triton_token", str(parameters.get("loads", "pointer")), problem, device):
         return reason
-    needed = int(parameters.get("stages", 2)) * support.block_bytes(problem)
+    step = min(int(parameters.get("step", problem.block_size)), problem.block_size)
+    needed = int(parameters.get("stages", 2)) * support.block_bytes(problem) * step // problem.block_size
     return support.shared_reason("triton_token", needed) or support.backward_reason("triton_token", problem, parameters)
 
 
@@ -54,6 +55,7 @@ def run(
     *,
     scale: float,
     workspace: Workspace | None = None,
+    step: ParameterValue = 128,  # a whole block, as where there is no choice
     warps: ParameterValue = 4,
     stages: ParameterValue = 2,
     order: ParameterValue = "group",
@@ -63,7 +65,7 @@ def run(
     """Selection attention, token by token. Shapes as in ``nsa.problem``."""
     from ..kernels import gradient, token  # Triton, loaded when first run
 
-    parameters = {"warps": warps, "stages": stages, "order": order, "loads": loads}
+    parameters = {"step": step, "warps": warps, "stages": stages, "order": order, "loads": loads}
 
     def launch(q: Tensor, k: Tensor, v: Tensor, chosen: Selection, factor: float, logsum: Tensor | None) -> Tensor:
         return token.forward(q, k, v, chosen, factor, logsum, **parameters)

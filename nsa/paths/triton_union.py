@@ -16,16 +16,18 @@ from .base import Evidence, Parameter, Parameters
 
 
 def tunables(problem: SelectionProblem, device: torch.device) -> tuple[Parameter, ...]:
-    """``tokens`` per tile; ``warps`` and ``stages`` of the kernel; ``loads`` of keys and values; in mode train the
-    backward's. Sizes that cannot be stand on no ladder: a tile has 16 to 128 query x head rows and up to 128 slots."""
-    descriptor = support.loads_reason("triton_union", "descriptor", problem, device) is None
+    """``tokens`` per tile; ``step``: keys at a time; ``warps`` and ``stages`` of the kernel; ``loads`` of keys and
+    values; in mode train the backward's. Sizes that cannot be stand on no ladder: a tile has 16 to 128 query x head
+    rows and up to 128 slots."""
     tokens = tile_ladder(problem)
+    step = min(32, problem.block_size)
     default = min(tokens, key=lambda size: abs(size * support.padded(problem.h) - 64)) if tokens else 1
     return (
         Parameter("tokens", tokens or (1,), default),
+        Parameter("step", tuple(size for size in (16, 32, 64, 128) if size <= problem.block_size), step),
         Parameter("warps", (2, 4, 8), 4),
-        Parameter("stages", (2, 3, 4), 2),
-        Parameter("loads", ("pointer", "descriptor") if descriptor else ("pointer",), "pointer"),
+        Parameter("stages", (2, 3, 4), 3),
+        Parameter(**support.loads_ladder("triton_union", problem, device)),
         *(Parameter(**ladder) for ladder in support.backward_ladders(problem)),
     )
 
@@ -50,7 +52,8 @@ def unsupported(problem: SelectionProblem, device: torch.device, parameters: Par
     if reason := support.loads_reason("triton_union", str(parameters.get("loads", "pointer")), problem, device):
         return reason
     rows = tokens * support.padded(problem.h)
-    needed = int(parameters.get("stages", 2)) * support.block_bytes(problem)
+    step = min(int(parameters.get("step", 32)), problem.block_size)
+    needed = int(parameters.get("stages", 2)) * support.block_bytes(problem) * step // problem.block_size
     needed += rows * support.padded(problem.Dk, 16) * problem.item_bytes
     return support.shared_reason("triton_union", needed) or support.backward_reason("triton_union", problem, parameters)
 
@@ -58,8 +61,8 @@ def unsupported(problem: SelectionProblem, device: torch.device, parameters: Par
 def evidence(
     problem: SelectionProblem, device: torch.device, parameters: Parameters, lengths: Sequence[int]
 ) -> Evidence:
-    """One launch of its kernel; the interpreter leaves no trace."""
-    required = {support.KERNELS["triton_union"]: 1} if device.type == "cuda" else {}
+    """One launch of its kernel and of the one that makes the unions; the interpreter leaves no trace."""
+    required = {support.KERNELS["triton_union"]: 1, r"^nsa_union_entries$": 1} if device.type == "cuda" else {}
     return Evidence(required=required, forbidden=support.forbidden("triton_union"))
 
 
@@ -72,6 +75,7 @@ def run(
     scale: float,
     workspace: Workspace | None = None,
     tokens: ParameterValue = 4,
+    step: ParameterValue = 64,  # what table entries from before there was a choice were measured with
     warps: ParameterValue = 4,
     stages: ParameterValue = 2,
     loads: ParameterValue = "pointer",
@@ -80,7 +84,7 @@ def run(
     """Selection attention, tile by tile. Shapes as in ``nsa.problem``."""
     from ..kernels import gradient, union  # Triton, loaded when first run
 
-    parameters = {"tokens": tokens, "warps": warps, "stages": stages, "loads": loads}
+    parameters = {"tokens": tokens, "step": step, "warps": warps, "stages": stages, "loads": loads}
 
     def launch(q: Tensor, k: Tensor, v: Tensor, chosen: Selection, factor: float, logsum: Tensor | None) -> Tensor:
         return union.forward(q, k, v, chosen, factor, logsum, **parameters)

@@ -50,6 +50,42 @@ def refusal(data):
     return str(raised.value)
 
 
+def prompt(**changes):
+    """An entry of a prefill whose pick needs no hint."""
+    return entry(**{
+        "mode": "prefill", "S": 32, "path": "dense", "parameters": {"query_chunk": 0}, "tied": [], "runner_up": None,
+        **changes,
+    })  # fmt: skip
+
+
+DENSE_PREFIX = {"path": "causal_prefix", "parameters": {"prefix": "math", "inner": "dense"}, "complete": True}
+
+
+def test_an_entry_that_needs_complete_selections_serves_no_other_call():
+    both = DispatchTable.decode(table(prompt(**DENSE_PREFIX)))
+    problem = both.entries[0].problem()
+    assert both.lookup(problem).path == "causal_prefix"
+    assert both.lookup(problem).status == "exact"
+    other = both.lookup(msgspec.structs.replace(problem, complete=False))
+    assert (other.path, other.status, other.entry) == ("dense", "default", "")
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_a_pick_that_needs_no_hint_serves_calls_with_and_without_it(measured):
+    both = DispatchTable.decode(table(prompt(complete=measured)))
+    for complete in (False, True):
+        choice = both.lookup(msgspec.structs.replace(both.entries[0].problem(), complete=complete))
+        assert (choice.path, choice.status, choice.entry) == ("dense", "exact", "run#0")
+
+
+def test_of_two_entries_that_differ_in_the_hint_each_serves_its_own_calls():
+    both = DispatchTable.decode(table(prompt(), prompt(**DENSE_PREFIX), prompt(T=64, S=64)))
+    for number in (0, 1, 2):
+        assert both.lookup(both.entries[number].problem()).entry == f"run#{number}"
+    later = msgspec.structs.replace(both.entries[2].problem(), complete=True)
+    assert both.lookup(later).entry == "run#2"
+
+
 def test_encoding_and_decoding_are_inverse():
     both = DispatchTable.decode(table(entry(), entry(T=64, path="dense", parameters={"query_chunk": 0}, tied=[])))
     again = DispatchTable.decode(both.encode())

@@ -116,6 +116,7 @@ OVERRIDES: dict[str, tuple[str, Any]] = {
     "dtype": ("bfloat16,float16", ("bfloat16", "float16")),
     "execution": ("graph", ("graph",)),
     "cache": ("cold", ("cold",)),
+    "complete": ("true", (True,)),
     "pattern": ("scored,random", ("scored", "random")),
 }
 
@@ -144,6 +145,15 @@ def test_overrides_reach_the_problems(tmp_path: Path) -> None:
     assert (problem.T, problem.G, problem.h, problem.Dk, problem.Dv, problem.B) == (48, 3, 2, 16, 24, 5)
     assert (problem.dtype, problem.execution, problem.cache, problem.overlap) == ("bfloat16", "graph", "cold", "low")
     assert (problem.block_size, problem.topk) == (16, 4)
+
+
+def test_selections_are_declared_complete_where_the_sweep_says_so_and_never_in_decode(tmp_path: Path) -> None:
+    overrides = ["modes=decode,prefill", "complete=false,true", "contexts=48", "heads=6", "kv_heads=3"]
+    found = families(read_sweep(written(tmp_path), overrides), "cpu")
+    assert {family.problems[0].complete for family in found if family.problems[0].mode == "decode"} == {False}
+    prefill = [family for family in found if family.problems[0].mode == "prefill"]
+    assert {family.problems[0].complete for family in prefill} == {False, True}
+    assert len({family.name for family in prefill}) == len(prefill)
 
 
 @pytest.mark.parametrize("override", ["contxts=32", "contexts", "budget_s=5", "=32", ""])

@@ -1,0 +1,117 @@
+"""Claims about causal_prefix: exact on complete selections, whatever runs its two parts, and refused on all others."""
+
+import pytest
+import torch
+
+import nsa
+from nsa.errors import UnsupportedPathError
+from nsa.paths import PATHS, reference
+from nsa.scoring import choose_blocks
+from nsa.selection import Selection
+
+SIZE, TOPK, HEADS = 4, 3, 2
+PREFIX = SIZE * TOPK
+every_part = pytest.mark.parametrize(
+    ("prefix", "inner"), [("flash", "dense"), ("math", "dense"), ("flash", "gather"), ("math", "gather")]
+)
+
+
+def complete_case(tokens, *, complete=True, dtype=torch.float32, key_dim=8, value_dim=8):
+    """Query, key, value and the selection that scoring chose for them."""
+    random = torch.Generator().manual_seed(tokens)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=random).to(dtype)
+
+    query = normal(2, tokens, 2, HEADS, key_dim)
+    key, value = normal(2, tokens, 2, key_dim).transpose(1, 2), normal(2, 2, tokens, value_dim)
+    compressed = normal(2, 2, max(0, (tokens - SIZE) // 2 + 1), key_dim)
+    blocks = choose_blocks(
+        query, compressed, context_length=tokens, kernel_size=SIZE, kernel_stride=2, block_size=SIZE, topk=TOPK
+    )
+    selection = Selection.from_blocks(blocks, block_size=SIZE, context_length=tokens, complete=complete)
+    return query, key, value, selection
+
+
+def allowed(truth, eager, largest):
+    """The derived bound in float32."""
+    return max(2 * float((eager - truth).abs().max()), 4 * torch.finfo(torch.float32).eps * largest)
+
+
+@every_part
+@pytest.mark.parametrize("tokens", [1, SIZE, PREFIX - 1, PREFIX, PREFIX + 1, 3 * PREFIX + 1])
+def test_rows_on_either_side_of_the_edge_equal_the_oracle(tokens, prefix, inner):
+    query, key, value, selection = complete_case(tokens)
+    parameters = {"prefix": prefix, "inner": inner}
+    truth = reference.run(query, key, value, selection, scale=0.3)
+    eager = reference.run(query, key, value, selection, scale=0.3, compute_dtype="float32")
+    for scale, want, near in ((0.3, truth, eager), (-0.3, None, None)):
+        if want is None:
+            want = reference.run(query, key, value, selection, scale=scale)
+            near = reference.run(query, key, value, selection, scale=scale, compute_dtype="float32")
+        run = PATHS["causal_prefix"].function()
+        out = run(query, key, value, selection, scale=scale, workspace=None, **parameters)
+        assert (out - want).abs().max() <= allowed(want, near, float(value.abs().max()))
+
+
+@every_part
+def test_gradients_equal_the_oracles_on_both_sides(prefix, inner):
+    found = {}
+    for kind in ("truth", "eager", "path"):
+        dtype = torch.float64 if kind == "truth" else torch.float32
+        query, key, value, selection = complete_case(2 * PREFIX + 3)
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (query, key, value)]
+        if kind == "path":
+            parameters = {"prefix": prefix, "inner": inner}
+            out = nsa.selection_attention(*leaves, selection, path="causal_prefix", parameters=parameters, scale=0.3)
+        else:
+            out = reference.run(*leaves, selection, scale=0.3, compute_dtype=str(dtype)[6:])
+        weight = torch.linspace(-1, 1, out.numel(), dtype=dtype).view_as(out)
+        found[kind] = torch.autograd.grad((out * weight).sum(), leaves)
+    for truth, eager, path in zip(*found.values(), strict=True):
+        assert (path - truth).abs().max() <= allowed(truth, eager, float(truth.abs().max()))
+
+
+def test_the_rest_never_reaches_dense_attention_and_the_path_reports_once(monkeypatch):
+    query, key, value, selection = complete_case(PREFIX + 5)
+    seen = []
+    plain = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda q, *a, **o: seen.append(q.shape) or plain(q, *a, **o),
+    )
+    with nsa.record_paths() as recorder:
+        nsa.selection_attention(
+            query, key, value, selection, path="causal_prefix", parameters={"prefix": "math", "inner": "gather"}
+        )
+    assert [shape[2] for shape in seen if shape[1] == 2 * HEADS] == [PREFIX]
+    assert [(record.path, record.status) for record in recorder.executed] == [("causal_prefix", "forced")]
+
+
+def test_what_is_not_declared_complete_or_no_whole_prompt_is_refused():
+    query, key, value, selection = complete_case(PREFIX + 2, complete=False)
+    with pytest.raises(UnsupportedPathError, match="declared complete"):
+        nsa.selection_attention(query, key, value, selection, path="causal_prefix")
+    run = PATHS["causal_prefix"].function()
+    query, key, value, selection = complete_case(PREFIX + 2)
+    lengths = torch.full((2,), PREFIX + 2)
+    tensor = Selection.from_blocks(selection.blocks, block_size=SIZE, context_length=lengths, complete=True)
+    placed = Selection.from_blocks(
+        selection.blocks, block_size=SIZE, context_length=PREFIX + 2, query_positions=torch.arange(PREFIX + 2),
+        complete=True,
+    )  # fmt: skip
+    for case in (tensor, placed):
+        with pytest.raises(UnsupportedPathError, match="whole prompt"):
+            run(query, key, value, case, scale=0.3)
+    chunk = Selection.from_blocks(selection.blocks[:, 2:], block_size=SIZE, context_length=PREFIX + 2, complete=True)
+    with pytest.raises(UnsupportedPathError, match="whole prompt"):
+        nsa.selection_attention(query[:, 2:], key, value, chunk, path="causal_prefix")
+
+
+def test_a_backend_that_cannot_run_the_head_dims_is_named_before():
+    query, key, value, selection = complete_case(PREFIX + 2, value_dim=16)
+    with pytest.raises(UnsupportedPathError, match="flash has no causal attention"):
+        nsa.selection_attention(query, key, value, selection, path="causal_prefix", parameters={"prefix": "flash"})
+    out = nsa.selection_attention(query, key, value, selection, path="causal_prefix")
+    assert out.isfinite().all()
