@@ -1,0 +1,507 @@
+"""The decode step of one token per batch entry: rotate and append, compressed attention, choice, attention, gates.
+
+Five kernels, each a grid of fixed size whatever the context: the position of each entry is read from the device, so
+that one captured graph serves every step. A group (b, g) is a row; its attention is dealt to ``PARTS`` programs, those
+of the compressed tokens first, then those of the selected blocks, then the window's, and ``nsa_step_combine`` merges
+them. With WIDE (float32) scores are float64 and in natural units, as ``nsa.scoring`` asks; otherwise float32, base 2.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .layout import LOWEST
+
+INDEX = tl.constexpr(20)
+"""``nsa.scoring.INDEX_BITS``."""
+LOW = tl.constexpr(2**20 - 1)
+ROUND = tl.constexpr(2**19)
+FORCED = tl.constexpr(0x7FF0_0000_0000_0000 >> 20)
+"""``nsa.scoring.FORCED`` without the index bits."""
+SIZES = ["slots", "room", "croom", "pages", "capacity"]
+
+
+@triton.jit
+def storage_rows(TABLE, pages, branch, b, g, tokens, inside, slots, room, G: tl.constexpr, PAGE: tl.constexpr):
+    """Rows of a storage (branches, slots, G, room, D) that hold ``tokens`` of (b, g)."""
+    if PAGE > 0:
+        slot = tl.load(TABLE + b * pages + tokens // PAGE, mask=inside, other=0).to(tl.int64)
+        return ((slot + slots * branch) * G + g) * room + tokens % PAGE
+    else:
+        return ((slots * branch + b).to(tl.int64) * G + g) * room + tokens
+
+
+@triton.jit
+def context(LENGTH, b, capacity):
+    """Tokens of entry b, the new one included, at most ``capacity``: beyond it nothing is there to be read."""
+    return tl.minimum(tl.load(LENGTH + b) + 1, capacity)
+
+
+@triton.jit
+def compressed_tokens(length, L: tl.constexpr, STRIDE: tl.constexpr):
+    """Compressed tokens of a context of ``length`` raw ones."""
+    return tl.where(length >= L, (length - L) // STRIDE + 1, 0)
+
+
+@triton.jit
+def strides_shared(start: tl.constexpr, L: tl.constexpr, STRIDE: tl.constexpr, BS: tl.constexpr):
+    """Strides by which tokens [start, start + L) and the block [0, BS) overlap."""
+    return (min(start + L, BS) - max(start, 0)) // STRIDE
+
+
+@triton.jit
+def power(exponent, WIDE: tl.constexpr):
+    """The exponential in the units of scores."""
+    if WIDE:
+        return tl.exp(exponent)
+    else:
+        return tl.exp2(exponent)
+
+
+@triton.jit
+def mean_of(SOURCE, offsets, old, real, new, L: tl.constexpr):
+    """Mean of the old rows at ``offsets`` and the new one, summed in float32."""
+    tile = tl.load(SOURCE[None, :] + offsets[:, None], mask=old[:, None] & real[None, :], other=0.0)
+    return ((tl.sum(tile.to(tl.float32), 0) + new.to(tl.float32)) / L).to(new.dtype)
+
+
+@triton.jit
+def turn_queries(SOURCE, TARGET, g, half, real, cosine, sine, H: tl.constexpr, HP: tl.constexpr, DK: tl.constexpr):
+    """Rotate the queries of group g."""
+    heads = tl.arange(0, HP)
+    keep = (heads < H)[:, None] & real[None, :]
+    at = (g * H + heads)[:, None] * DK + half[None, :]
+    low = tl.load(SOURCE + at, mask=keep, other=0.0).to(tl.float32)
+    high = tl.load(SOURCE + at + DK // 2, mask=keep, other=0.0).to(tl.float32)
+    turned = low * cosine[None, :] - high * sine[None, :]
+    tl.store(TARGET + at, turned.to(TARGET.dtype.element_ty), mask=keep)
+    turned = high * cosine[None, :] + low * sine[None, :]
+    tl.store(TARGET + at + DK // 2, turned.to(TARGET.dtype.element_ty), mask=keep)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def nsa_step_append(
+    PROJECTED,
+    QUERY,
+    KEY,
+    VALUE,
+    CKEY,
+    CVALUE,
+    LENGTH,
+    TABLE,
+    FREQUENCY,
+    slots,
+    room,
+    croom,
+    pages,
+    capacity,
+    width,
+    G: tl.constexpr,
+    H: tl.constexpr,
+    HP: tl.constexpr,
+    DK: tl.constexpr,
+    HALF: tl.constexpr,
+    DV: tl.constexpr,
+    DVP: tl.constexpr,
+    L: tl.constexpr,
+    LP: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PAGE: tl.constexpr,
+    MEAN_ROLE: tl.constexpr,
+):
+    """Grid (B * G, 4): role 0 to 2 appends a branch's key and value, role 3 turns the queries.
+
+    PROJECTED (B, width): queries, keys by branch, values by branch. MEAN_ROLE (0, or -1: nobody) also writes the mean
+    of a kernel that this token completes. Nothing is written at or beyond ``capacity``.
+    """
+    row = tl.program_id(0)
+    role = tl.program_id(1)
+    b, g = row // G, row % G
+    position = tl.load(LENGTH + b)
+    source = PROJECTED + b.to(tl.int64) * width
+    half = tl.arange(0, HALF)
+    real = half < DK // 2
+    angle = position.to(tl.float64) * tl.load(FREQUENCY + half, mask=real, other=0.0)
+    cosine, sine = tl.cos(angle).to(tl.float32), tl.sin(angle).to(tl.float32)
+    if role == 3:
+        turn_queries(source, QUERY + b.to(tl.int64) * (G * H * DK), g, half, real, cosine, sine, H, HP, DK)
+    else:
+        columns = tl.arange(0, DVP)
+        fits = position < capacity
+        at = source + G * H * DK + (role * G + g) * DK + half
+        low = tl.load(at, mask=real, other=0.0).to(tl.float32)
+        high = tl.load(at + DK // 2, mask=real, other=0.0).to(tl.float32)
+        key_low = (low * cosine - high * sine).to(KEY.dtype.element_ty)
+        key_high = (high * cosine + low * sine).to(KEY.dtype.element_ty)
+        at = source + G * H * DK + 3 * G * DK + (role * G + g) * DV + columns
+        value = tl.load(at, mask=columns < DV, other=0.0)
+        new = storage_rows(TABLE, pages, role, b, g, position, fits, slots, room, G, PAGE)
+        tl.store(KEY + new * DK + half, key_low, mask=real & fits)
+        tl.store(KEY + new * DK + DK // 2 + half, key_high, mask=real & fits)
+        tl.store(VALUE + new * DV + columns, value, mask=(columns < DV) & fits)
+        first = position + 1 - L
+        if (role == MEAN_ROLE) & (first >= 0) & (first % STRIDE == 0) & fits:
+            tokens = first + tl.arange(0, LP)
+            old = tokens < position
+            past = storage_rows(TABLE, pages, 0, b, g, tokens, old, slots, room, G, PAGE)
+            fresh = storage_rows(TABLE, pages, 0, b, g, first // STRIDE, fits, slots, croom, G, PAGE // STRIDE)
+            mean = mean_of(KEY + half, past * DK, old, real, key_low, L)
+            tl.store(CKEY + fresh * DK + half, mean, mask=real)
+            mean = mean_of(KEY + DK // 2 + half, past * DK, old, real, key_high, L)
+            tl.store(CKEY + fresh * DK + DK // 2 + half, mean, mask=real)
+            average = mean_of(VALUE + columns, past * DV, old, columns < DV, value, L)
+            tl.store(CVALUE + fresh * DV + columns, average, mask=columns < DV)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def nsa_step_recent(SOURCE, RECENT, LENGTH, TABLE, slots, room, pages, capacity, G: tl.constexpr, D: tl.constexpr,
+                    DP: tl.constexpr, L: tl.constexpr, LP: tl.constexpr, PAGE: tl.constexpr):  # fmt: skip
+    """Grid (B * G,): the last L tokens of branch 0, the new one included, to RECENT (B * G, L, D); zeros before 0."""
+    row = tl.program_id(0)
+    b, g = row // G, row % G
+    slot = tl.arange(0, LP)
+    columns = tl.arange(0, DP)
+    tokens = context(LENGTH, b, capacity) - L + slot
+    there = (tokens >= 0) & (slot < L)
+    rows = storage_rows(TABLE, pages, 0, b, g, tokens, there, slots, room, G, PAGE)
+    inside = (columns < D)[None, :]
+    got = tl.load(SOURCE + rows[:, None] * D + columns[None, :], mask=there[:, None] & inside, other=0.0)
+    target = RECENT + (row.to(tl.int64) * L + slot)[:, None] * D + columns[None, :]
+    tl.store(target, got, mask=(slot < L)[:, None] & inside)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def nsa_step_keep(FRESH, TARGET, LENGTH, TABLE, slots, croom, pages, capacity, G: tl.constexpr, D: tl.constexpr,
+                  DP: tl.constexpr, L: tl.constexpr, STRIDE: tl.constexpr, PAGE: tl.constexpr):  # fmt: skip
+    """Grid (B * G,): FRESH (B * G, D) is the compressed token of a kernel that the new token completes, if any."""
+    row = tl.program_id(0)
+    b, g = row // G, row % G
+    columns = tl.arange(0, DP)
+    first = context(LENGTH, b, capacity) - L
+    if (first >= 0) & (first % STRIDE == 0):
+        new = storage_rows(TABLE, pages, 0, b, g, first // STRIDE, first >= 0, slots, croom, G, PAGE // STRIDE)
+        fresh = tl.load(FRESH + row * D + columns, mask=columns < D, other=0.0)
+        tl.store(TARGET + new * D + columns, fresh, mask=columns < D)
+
+
+@triton.jit
+def scores_of(query, Q, KEY, rows, heads, inside, H: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr,
+              CHUNK: tl.constexpr, SCALE: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """Scaled scores (M, BN) of the query rows against key rows, -inf where not inside.
+
+    CHUNK > 0: products in float64, CHUNK columns at a time, query rows read at Q; else on tensor cores.
+    """
+    if CHUNK > 0:
+        score = tl.zeros([heads.shape[0], rows.shape[0]], tl.float64)
+        for first in range(0, DK, CHUNK):
+            columns = first + tl.arange(0, CHUNK)
+            keep = (columns < DK)[None, :]
+            part = tl.load(Q + heads[:, None] * DK + columns[None, :], mask=(heads < H)[:, None] & keep, other=0.0)
+            key = tl.load(KEY + rows[:, None] * DK + columns[None, :], mask=inside[:, None] & keep, other=0.0)
+            score += tl.sum(part.to(tl.float64)[:, None, :] * key.to(tl.float64)[None, :, :], 2)
+        score = score * SCALE
+    else:
+        columns = tl.arange(0, DKP)
+        keep = inside[:, None] & (columns < DK)[None, :]
+        key = tl.load(KEY + rows[:, None] * DK + columns[None, :], mask=keep, other=0.0)
+        score = tl.dot(query, tl.trans(key), input_precision="ieee") * (SCALE if WIDE else SCALE * 1.4426950408889634)
+    return tl.where(inside[None, :], score, -float("inf"))
+
+
+@triton.jit
+def add_values(out, top, total, score, VALUE, rows, inside, DV: tl.constexpr, DVP: tl.constexpr,
+               WIDE: tl.constexpr, VALUED: tl.constexpr):  # fmt: skip
+    """One online-softmax step: (weighted values (M, DVP) float32, untouched without VALUED, maximum (M,), total)."""
+    new_top = tl.maximum(top, tl.max(score, 1))
+    weight = power(score - new_top[:, None], WIDE)
+    decay = power(top - new_top, WIDE)
+    total = total * decay + tl.sum(weight, 1)
+    if VALUED:
+        columns = tl.arange(0, DVP)
+        keep = inside[:, None] & (columns < DV)[None, :]
+        value = tl.load(VALUE + rows[:, None] * DV + columns[None, :], mask=keep, other=0.0)
+        decayed = out * decay.to(tl.float32)[:, None]
+        out = tl.dot(weight.to(value.dtype), value, decayed, input_precision="ieee")
+    return out, new_top, total
+
+
+@triton.jit
+def store_part(PART, TOP, TOTAL, part, out, top, total, heads, H: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr):
+    """Write one program's share of a row."""
+    columns = tl.arange(0, DVP)
+    keep = (heads < H)[:, None] & (columns < DV)[None, :]
+    at = part.to(tl.int64) * H + heads
+    tl.store(PART + at[:, None] * DV + columns[None, :], out, mask=keep)
+    tl.store(TOP + at, top.to(TOP.dtype.element_ty), mask=heads < H)
+    tl.store(TOTAL + at, total.to(TOTAL.dtype.element_ty), mask=heads < H)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def nsa_step_compressed(
+    QUERY,
+    CKEY,
+    CVALUE,
+    LENGTH,
+    TABLE,
+    SCORE,
+    PART,
+    TOP,
+    TOTAL,
+    slots,
+    croom,
+    pages,
+    capacity,
+    width,
+    G: tl.constexpr,
+    H: tl.constexpr,
+    M: tl.constexpr,
+    DK: tl.constexpr,
+    DKP: tl.constexpr,
+    DV: tl.constexpr,
+    DVP: tl.constexpr,
+    L: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PAGE: tl.constexpr,
+    SCALE: tl.constexpr,
+    WIDE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BN: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PARTS: tl.constexpr,
+    SCORED: tl.constexpr,
+    VALUED: tl.constexpr,
+):
+    """Grid (B * G * SPLITS,): a contiguous share of the compressed tokens; SCORE (B * G, H, width) keeps the scores.
+
+    Without SCORED no score is kept, without VALUED no value is read.
+    """
+    pid = tl.program_id(0)
+    row, split = pid // SPLITS, pid % SPLITS
+    b, g = row // G, row % G
+    count = compressed_tokens(context(LENGTH, b, capacity), L, STRIDE)
+    share = tl.cdiv(tl.cdiv(count, SPLITS), BN) * BN
+    begin = split * share
+    end = tl.minimum(begin + share, count)
+    heads = tl.arange(0, M)
+    columns = tl.arange(0, DKP)
+    Q = QUERY + row.to(tl.int64) * (H * DK)
+    keep = (heads < H)[:, None] & (columns < DK)[None, :]
+    query = tl.load(Q + heads[:, None] * DK + columns[None, :], mask=keep, other=0.0)
+    top = tl.full([M], LOWEST, tl.float64 if WIDE else tl.float32)
+    total = tl.zeros([M], tl.float64 if WIDE else tl.float32)
+    out = tl.zeros([M, DVP], tl.float32)
+    kept = SCORE + (row.to(tl.int64) * H + heads)[:, None] * width
+    for first in range(begin, end, BN):
+        tokens = first + tl.arange(0, BN)
+        inside = tokens < end
+        rows = storage_rows(TABLE, pages, 0, b, g, tokens, inside, slots, croom, G, PAGE // STRIDE)
+        score = scores_of(query, Q, CKEY, rows, heads, inside, H, DK, DKP, CHUNK, SCALE, WIDE)
+        if SCORED:
+            tl.store(kept + tokens[None, :], score, mask=(heads < H)[:, None] & inside[None, :])
+        out, top, total = add_values(out, top, total, score, CVALUE, rows, inside, DV, DVP, WIDE, VALUED)
+    store_part(PART, TOP, TOTAL, row * PARTS + split, out, top, total, heads, H, DV, DVP)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def nsa_step_choose(
+    SCORE,
+    TOP,
+    TOTAL,
+    LENGTH,
+    RANK,
+    PICK,
+    capacity,
+    width,
+    G: tl.constexpr,
+    H: tl.constexpr,
+    HP: tl.constexpr,
+    L: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BS: tl.constexpr,
+    TOPK: tl.constexpr,
+    TP: tl.constexpr,
+    WIDE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BJ: tl.constexpr,
+    NB: tl.constexpr,
+):
+    """Grid (B * G,): PICK (B * G, TOPK) gets the row's blocks, then -1, by the rules of ``nsa.scoring``.
+
+    RANK (B * G, NB) int64 is scratch: each block's leading score bits above its index, all different.
+    """
+    row = tl.program_id(0)
+    b = row // G
+    position = context(LENGTH, b, capacity) - 1
+    count = compressed_tokens(position + 1, L, STRIDE)
+    own = position // BS
+    heads = tl.arange(0, HP)
+    part = (row.to(tl.int64) * PARTS + tl.arange(0, SPLITS))[None, :] * H + heads[:, None]
+    tops = tl.load(TOP + part, mask=(heads < H)[:, None], other=LOWEST)
+    top = tl.max(tops, 1)
+    totals = tl.load(TOTAL + part, mask=(heads < H)[:, None], other=0.0)
+    total = tl.sum(totals * power(tops - top[:, None], WIDE), 1)
+    share = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
+    kept = SCORE + (row.to(tl.int64) * H + heads)[:, None] * width
+    RANK += row.to(tl.int64) * NB
+    for first in range(0, own + 1, BJ):
+        block = first + tl.arange(0, BJ)
+        score = tl.zeros([BJ], SCORE.dtype.element_ty)
+        for place in tl.static_range(L // STRIDE - 1 + BS // STRIDE):
+            token = block * (BS // STRIDE) + (place - (L // STRIDE - 1))
+            there = (heads < H)[:, None] & ((token >= 0) & (token < count))[None, :]
+            logit = tl.load(kept + token[None, :], mask=there, other=-float("inf"))
+            probability = tl.sum(power(logit - top[:, None], WIDE) * share[:, None], 0)
+            score += probability * strides_shared((place - (L // STRIDE - 1)) * STRIDE, L, STRIDE, BS)
+        bits = score.to(tl.float64).to(tl.int64, bitcast=True)
+        leading = (bits + ROUND) >> INDEX
+        leading = tl.where(block == own - 1, FORCED + 1, leading)
+        leading = tl.where(block == own, FORCED + 2, leading)
+        leading = tl.where(block == 0, FORCED + 3, leading)
+        tl.store(RANK + block, (leading << INDEX) + (block ^ LOW), mask=block <= own)
+    tl.debug_barrier()
+    block = tl.arange(0, NB)
+    rank = tl.load(RANK + block, mask=block <= own, other=-1)
+    chosen = tl.minimum(own + 1, TOPK)
+    for slot in range(chosen):
+        best = tl.max(rank, 0)
+        tl.store(PICK + row * TOPK + slot, ((best & LOW) ^ LOW).to(tl.int32))
+        rank = tl.where(rank == best, -1, rank)
+    slot = tl.arange(0, TP)
+    tl.store(PICK + row * TOPK + slot, tl.full([TP], -1, tl.int32), mask=(slot >= chosen) & (slot < TOPK))
+
+
+@triton.jit(do_not_specialize=SIZES)
+def nsa_step_attend(
+    QUERY,
+    KEY,
+    VALUE,
+    LENGTH,
+    TABLE,
+    PICK,
+    PART,
+    TOP,
+    TOTAL,
+    slots,
+    room,
+    pages,
+    capacity,
+    G: tl.constexpr,
+    H: tl.constexpr,
+    M: tl.constexpr,
+    DK: tl.constexpr,
+    DKP: tl.constexpr,
+    DV: tl.constexpr,
+    DVP: tl.constexpr,
+    BS: tl.constexpr,
+    TOPK: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PAGE: tl.constexpr,
+    SCALE: tl.constexpr,
+    WIDE: tl.constexpr,
+    BN: tl.constexpr,
+    BEFORE: tl.constexpr,
+    SELECTED: tl.constexpr,
+    RECENT: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Grid (B * G * (SELECTED + RECENT),): selected blocks by SELECTED programs of a row, its window by RECENT.
+
+    Parts are written behind the BEFORE parts of the compressed tokens.
+    """
+    SLOTS: tl.constexpr = (TOPK + SELECTED - 1) // SELECTED if SELECTED > 0 else 0
+    TILES: tl.constexpr = (BS + BN - 1) // BN
+    PIECE: tl.constexpr = (WINDOW + RECENT - 1) // RECENT if RECENT > 0 else 0
+    pid = tl.program_id(0)
+    row, split = pid // (SELECTED + RECENT), pid % (SELECTED + RECENT)
+    b, g = row // G, row % G
+    length = context(LENGTH, b, capacity)
+    selected = split < SELECTED
+    slot = split * SLOTS
+    piece = tl.maximum(length - WINDOW, 0) + (split - SELECTED) * PIECE
+    piece_end = tl.minimum(piece + PIECE, length)
+    branch = tl.where(selected, 1, 2)
+    heads = tl.arange(0, M)
+    columns = tl.arange(0, DKP)
+    Q = QUERY + row.to(tl.int64) * (H * DK)
+    keep = (heads < H)[:, None] & (columns < DK)[None, :]
+    query = tl.load(Q + heads[:, None] * DK + columns[None, :], mask=keep, other=0.0)
+    top = tl.full([M], LOWEST, tl.float32)
+    total = tl.zeros([M], tl.float32)
+    out = tl.zeros([M, DVP], tl.float32)
+    for tile in range(tl.where(selected, SLOTS * TILES, tl.cdiv(tl.maximum(piece_end - piece, 0), BN))):
+        at = slot + tile // TILES
+        block = tl.load(PICK + row * TOPK + at, mask=selected & (at < TOPK), other=-1)
+        first = tl.where(selected, block * BS + tile % TILES * BN, piece + tile * BN)
+        block_end = tl.where(block >= 0, tl.minimum(block * BS + BS, length), 0)
+        tokens = first + tl.arange(0, BN)
+        inside = (tokens >= 0) & (tokens < tl.where(selected, block_end, piece_end))
+        rows = storage_rows(TABLE, pages, branch, b, g, tokens, inside, slots, room, G, PAGE)
+        score = scores_of(query, Q, KEY, rows, heads, inside, H, DK, DKP, 0, SCALE, WIDE)
+        out, top, total = add_values(out, top, total, score, VALUE, rows, inside, DV, DVP, WIDE, True)
+    store_part(PART, TOP, TOTAL, row * PARTS + BEFORE + split, out, top, total, heads, H, DV, DVP)
+
+
+@triton.jit
+def merged(PART, TOP, TOTAL, first, i, columns, raw, H: tl.constexpr, DV: tl.constexpr, COUNT: tl.constexpr,
+           GATED: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """Head i's attention (DVP,) from the COUNT parts from ``first`` on, times its gate; zeros where there is no key."""
+    out = tl.zeros([columns.shape[0]], tl.float32)
+    if COUNT > 0:
+        at = (first + tl.arange(0, COUNT)).to(tl.int64) * H + i
+        tops = tl.load(TOP + at)
+        weight = power(tops - tl.max(tops, 0), WIDE)
+        total = tl.sum(weight * tl.load(TOTAL + at), 0)
+        weight = (weight / tl.where(total > 0, total, 1.0)).to(tl.float32)
+        parts = tl.load(PART + at[:, None] * DV + columns[None, :], mask=(columns < DV)[None, :], other=0.0)
+        out = tl.sum(parts * weight[:, None], 0)
+        if GATED:
+            out = out / (1.0 + tl.exp(-raw))
+    return out
+
+
+@triton.jit
+def nsa_step_combine(
+    PROJECTED,
+    BIAS,
+    PART,
+    TOP,
+    TOTAL,
+    MIXED,
+    LENGTH,
+    width,
+    G: tl.constexpr,
+    H: tl.constexpr,
+    DV: tl.constexpr,
+    DVP: tl.constexpr,
+    GATE: tl.constexpr,
+    COMPRESSED: tl.constexpr,
+    SELECTED: tl.constexpr,
+    RECENT: tl.constexpr,
+    SECOND: tl.constexpr,
+    THIRD: tl.constexpr,
+    PARTS: tl.constexpr,
+    GATED: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Grid (B * G * H,): merge the parts of each branch that has any, gate, add; then the entry is one token longer.
+
+    A branch's parts begin at 0, SECOND and THIRD. Gates stand in PROJECTED from column GATE on, three per head; without
+    GATED they are 1.
+    """
+    pid = tl.program_id(0)
+    i, b = pid % H, pid // (G * H)
+    first = pid // H * PARTS
+    columns = tl.arange(0, DVP)
+    at = pid % (G * H) * 3
+    gates = PROJECTED + b.to(tl.int64) * width + GATE + at
+    raw0 = tl.load(gates).to(tl.float32) + tl.load(BIAS + at).to(tl.float32)
+    raw1 = tl.load(gates + 1).to(tl.float32) + tl.load(BIAS + at + 1).to(tl.float32)
+    raw2 = tl.load(gates + 2).to(tl.float32) + tl.load(BIAS + at + 2).to(tl.float32)
+    out = merged(PART, TOP, TOTAL, first, i, columns, raw0, H, DV, COMPRESSED, GATED, WIDE)
+    out += merged(PART, TOP, TOTAL, first + SECOND, i, columns, raw1, H, DV, SELECTED, GATED, WIDE)
+    out += merged(PART, TOP, TOTAL, first + THIRD, i, columns, raw2, H, DV, RECENT, GATED, WIDE)
+    tl.store(MIXED + pid.to(tl.int64) * DV + columns, out.to(MIXED.dtype.element_ty), mask=columns < DV)
+    if pid % (G * H) == 0:
+        tl.store(LENGTH + b, tl.load(LENGTH + b) + 1)
