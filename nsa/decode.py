@@ -94,7 +94,7 @@ class FusedStep:
         config, weight, batch = layer.config, layer.project.weight, cache.batch
         rows, heads, topk = batch * config.num_kv_heads, config.heads_per_group, config.topk
         wide = torch.float64 if weight.dtype == torch.float32 else torch.float32
-        self.key = step_key(layer, cache, branch)
+        self.key = step_key(layer, cache, branch, parameters)
         self.layer, self.branch, self.capacity = layer, branch, cache.reach
         self.parameters = parameters or default_parameters(config, rows, self.capacity, weight.dtype)
         self.parts = self._parts()
@@ -116,12 +116,13 @@ class FusedStep:
                 if config.compression == "mlp"
             ]
             self.fresh = [empty(rows, recent.shape[-1]) for recent in self.recent]
+        self._project, self._output = weight.detach().t(), layer.output.weight.detach().t()
         self.before, self.after = self._launches(cache)
 
     def run(self, x: Tensor) -> Tensor:
         """x (B, 1, dim) -> y (B, 1, dim); the cache is one token longer on the device, not yet on the host."""
         layer = self.layer
-        torch.mm(x[:, 0], layer.project.weight.t(), out=self.projected)
+        torch.mm(x[:, 0], self._project, out=self.projected)
         for launch in self.before:
             launch()
         if self.fresh:
@@ -129,7 +130,7 @@ class FusedStep:
             self.fresh[1].copy_(layer.compress_value(self.recent[1]).flatten(0, 2))
         for launch in self.after:
             launch()
-        return torch.mm(self.mixed, layer.output.weight.t())[:, None]
+        return torch.mm(self.mixed, self._output)[:, None]
 
     def report(self, status: str, reason: str, replayed: bool) -> None:
         """Tell ``trace`` that the step ran."""
@@ -211,17 +212,20 @@ class FusedStep:
         }  # fmt: skip
 
 
-def step_key(layer: NSAAttention, cache: NSACache, branch: Branch | None) -> tuple[object, ...]:
+def step_key(
+    layer: NSAAttention, cache: NSACache, branch: Branch | None, parameters: StepParameters | None
+) -> tuple[object, ...]:
     """What a FusedStep depends on: it serves as long as this is the same."""
-    return id(layer), layer.project.weight.data_ptr(), layer.gate_bias.data_ptr(), cache.generation, branch
+    weights = layer.project.weight, layer.gate_bias, layer.output.weight
+    return id(layer), *(weight.data_ptr() for weight in weights), cache.generation, branch, parameters
 
 
 def step_of(
     layer: NSAAttention, cache: NSACache, branch: Branch | None = None, parameters: StepParameters | None = None
 ) -> FusedStep:
-    """The cache's FusedStep, made anew where there is none that serves. ``parameters`` count when it is made."""
+    """The cache's FusedStep, made anew where there is none that serves. ``parameters`` None = the default ones."""
     held = cache.plan
-    if isinstance(held, FusedStep) and held.key == step_key(layer, cache, branch):
+    if isinstance(held, FusedStep) and held.key == step_key(layer, cache, branch, parameters):
         return held
     made = FusedStep(layer, cache, branch, parameters)
     cache.plan = made
@@ -298,12 +302,19 @@ def steering_flag(flags: Flags) -> str | None:
 class DecodeGraph:
     """The fused step of a layer on a cache as one CUDA graph: captured once, replayed for every token.
 
-    ``branch`` as in ``FusedStep``. Captured again where the storage of the cache or the layer's weights have moved, as
+    ``branch`` and ``parameters`` as in ``FusedStep``. Captured again where the storage of the cache or the layer's weights have moved, as
     after a growth of the capacity. Raises UnsupportedPathError where the fused step cannot run, or without CUDA.
     """
 
-    def __init__(self, layer: NSAAttention, cache: NSACache, *, branch: Branch | None = None) -> None:
-        self.layer, self.cache, self.branch = layer, cache, branch
+    def __init__(
+        self,
+        layer: NSAAttention,
+        cache: NSACache,
+        *,
+        branch: Branch | None = None,
+        parameters: StepParameters | None = None,
+    ) -> None:
+        self.layer, self.cache, self.branch, self.parameters = layer, cache, branch, parameters
         self.captures = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._step: FusedStep | None = None
@@ -320,22 +331,22 @@ class DecodeGraph:
             raise ArgumentError(f"x has shape {tuple(x.shape)}, expected {tuple(self._x.shape)}")
         self.cache.reserve(self.cache.length + 1)
         self._x.copy_(x)
-        if self._graph is None or self._step is None or self._step.key != step_key(self.layer, self.cache, self.branch):
-            self._capture()
-        assert self._graph is not None and self._step is not None
+        key = step_key(self.layer, self.cache, self.branch, self.parameters)
+        if self._graph is None or self._step is None or self._step.key != key:
+            self._graph, self._step = self._capture()
         self._graph.replay()
         self.cache.advance()
         self._step.report("forced", "asked for by DecodeGraph", replayed=True)
         return self._y
 
-    def _capture(self) -> None:
+    def _capture(self) -> tuple[torch.cuda.CUDAGraph, FusedStep]:
         """Run the step once, which loads its kernels, set the lengths back, and record it."""
-        step = step_of(self.layer, self.cache, self.branch)
+        step = step_of(self.layer, self.cache, self.branch, self.parameters)
         lengths = self.cache.lengths.clone()
         step.run(self._x)
         self.cache.lengths.copy_(lengths)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self._y = step.run(self._x)
-        self._graph, self._step = graph, step
         self.captures += 1
+        return graph, step
