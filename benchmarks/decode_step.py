@@ -23,8 +23,9 @@ from typing import Any
 import torch
 
 from nsa import NSAAttention, NSACache, NSAConfig
-from nsa.decode import DecodeGraph, FusedStep
+from nsa.decode import DecodeGraph
 from nsa.flags import Flags
+from nsa.step import FusedStep
 
 STEPS = 20
 SAMPLES = 15
@@ -83,7 +84,10 @@ def check(layer: NSAAttention, cache: NSACache, x: torch.Tensor, context: int) -
         small = twin.empty_cache(entries, capacity=context + 1, device=x.device)
         for mine, theirs in ((small.keys, cache.keys), (small.values, cache.values)):
             mine.copy_(theirs[:, :entries, :, : context + 1])
-        for mine, theirs in ((small.compressed_keys, cache.compressed_keys), (small.compressed_values, cache.compressed_values)):
+        for mine, theirs in (
+            (small.compressed_keys, cache.compressed_keys),
+            (small.compressed_values, cache.compressed_values),
+        ):
             mine.copy_(theirs[:entries, :, : mine.shape[2]])
         small.advance(context)
         results[dtype] = twin.decode(x[:entries].to(dtype), small, route="branches")[0]
@@ -189,11 +193,12 @@ def main() -> None:
             record = measure(name, context, options.branches)
             with open(options.out / f"{name}.jsonl", "a") as lines:
                 lines.write(json.dumps(record) + "\n")
-            eager, graph, profile = record["eager"], record["graph"], record["profile"]
+            eager, profile, found = record["eager"], record["profile"], record["check"]
             print(
-                f"{name:14} {context:6} floor {record['floor_us']:6.1f}  graph {graph['us']:6.1f}  eager {eager['us']:6.1f}"
-                f" (host {eager['host_us']:5.1f})  device {profile['device_us']:6.1f} in {profile['launches']:.0f} launches"
-                f"  waits {profile['host_waits']:.0f}  error {record['check']['error']:.1e} of {record['check']['bound']:.1e}",
+                f"{name:14} {context:6} floor {record['floor_us']:6.1f}  graph {record['graph']['us']:6.1f}"
+                f"  eager {eager['us']:6.1f} (host {eager['host_us']:5.1f})"
+                f"  device {profile['device_us']:6.1f} in {profile['launches']:.0f} launches"
+                f"  waits {profile['host_waits']:.0f}  error {found['error']:.1e} of {found['bound']:.1e}",
                 flush=True,
             )
             if "branches" in record:

@@ -1,240 +1,28 @@
-"""The fused decode step: one token per batch entry through the whole layer in seven launches, and its CUDA graph.
+"""Which route a decode step takes, the fused one run now, and its CUDA graph.
 
-Between ``nsa.cache``, which holds the tokens, and ``nsa.attention``, which asks ``decode_route`` and else runs the
-branches. The kernels are ``nsa.kernels.step``. Nothing here waits for the device: positions live there, and the host
-counts along.
+Between ``nsa.step``, which is the fused step, and ``nsa.attention``, which asks ``decode_route`` and else runs the
+branches. Positions live on the device and the host counts along, so nothing here waits.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
-import msgspec
 import torch
 from torch import Tensor
 
-from .cache import BRANCHES, Branch, NSACache
+from .cache import Branch, NSACache
 from .errors import ArgumentError, UnsupportedPathError
 from .flags import Flags
 from .kernels import support
-from .rotary import frequencies
-from .trace import announce, executed
-
-if TYPE_CHECKING:
-    from .attention import NSAAttention, NSAConfig
+from .step import FusedStep, Layer, StepParameters, step_key, step_of
 
 Route = Literal["auto", "fused", "branches"]
-PROCESSORS = 132
-"""Multiprocessors that splits are made for."""
 MOST_BLOCKS = 2**13
 """Blocks that one program ranks at once."""
 
 
-class StepParameters(msgspec.Struct, frozen=True, kw_only=True):
-    """Tunables of the step: programs per row of each branch (powers of two), keys per tile, warps and stages."""
-
-    compressed_splits: int
-    selected_splits: int
-    window_splits: int
-    compressed_tile: int = 64
-    tile: int = 64
-    blocks_at_once: int = 128
-    compressed_warps: int = 4
-    choose_warps: int = 4
-    attend_warps: int = 4
-    stages: int = 2
-
-
-def default_parameters(config: NSAConfig, rows: int, capacity: int, dtype: torch.dtype) -> StepParameters:
-    """About two programs per multiprocessor and kernel, and no more programs of a row than it has tiles."""
-    share = 1 << (max(1, 2 * PROCESSORS // rows).bit_length() - 1)
-    tile, compressed_tile = min(64, support.padded(config.block_size, 16)), 32 if dtype == torch.float32 else 64
-    tiles = max(1, capacity // config.kernel_stride // compressed_tile)
-    return StepParameters(
-        compressed_splits=min(64, 2 * share, support.padded(tiles)),
-        selected_splits=min(support.padded(config.topk), max(2, share)),
-        window_splits=min(support.padded(-(-config.window_size // tile)), max(1, share // 2)),
-        compressed_tile=compressed_tile,
-        tile=tile,
-        blocks_at_once=min(256, max(16, (1024 if dtype == torch.float32 else 2048) // support.padded(config.heads_per_group))),
-    )
-
-
-class Launch:
-    """One kernel with all its arguments. The first call goes through Triton, later ones launch what it returned."""
-
-    __slots__ = ("arguments", "constants", "grid", "kernel", "options", "runner")
-
-    def __init__(self, kernel: Any, grid: tuple[int, int], arguments: tuple[Any, ...], constants: dict[str, Any],
-                 **options: int) -> None:  # fmt: skip
-        self.kernel, self.grid, self.arguments, self.options = kernel, (*grid, 1), arguments, options
-        self.constants = {name: constants[name] for name in kernel.arg_names[len(arguments) :]}
-        self.runner: Any = None
-
-    def __call__(self) -> None:
-        if self.runner is not None:
-            self.runner(*self.arguments)
-            return
-        compiled = self.kernel[self.grid](*self.arguments, **self.constants, **self.options)
-        if compiled is not None:  # the interpreter compiles nothing
-            self.arguments = (*self.arguments, *self.constants.values())
-            self.runner = compiled[self.grid]
-
-
-class FusedStep:
-    """What one step of a layer on a cache needs, made once: scratch memory and launches.
-
-    Good while ``key`` is what ``step_key`` says: the storage of the cache and the layer's weights stay where they are.
-    ``branch``: the one whose gates are 1, the others are not run; None = the layer's gates.
-    """
-
-    def __init__(
-        self, layer: NSAAttention, cache: NSACache, branch: Branch | None, parameters: StepParameters | None
-    ) -> None:
-        config, weight, batch = layer.config, layer.project.weight, cache.batch
-        rows, heads, topk = batch * config.num_kv_heads, config.heads_per_group, config.topk
-        wide = torch.float64 if weight.dtype == torch.float32 else torch.float32
-        self.key = step_key(layer, cache, branch, parameters)
-        self.layer, self.branch, self.capacity = layer, branch, cache.reach
-        self.parameters = parameters or default_parameters(config, rows, self.capacity, weight.dtype)
-        self.parts = self._parts()
-
-        def empty(*shape: int, dtype: torch.dtype = weight.dtype) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=weight.device)
-
-        with torch.inference_mode(False):
-            self.projected, self.query = empty(batch, weight.shape[0]), empty(rows, heads, config.head_dim)
-            self.mixed = empty(batch, config.num_heads * config.value_width)
-            self.scores = empty(rows, heads, (self.capacity // config.kernel_stride + 16) // 16 * 16, dtype=wide)
-            self.ranks = empty(rows, support.padded(-(-self.capacity // config.block_size)), dtype=torch.int64)
-            self.picks = empty(rows, topk, dtype=torch.int32)
-            self.part = empty(rows, sum(self.parts), heads, config.value_width, dtype=torch.float32)
-            self.top, self.total = (empty(rows, sum(self.parts), heads, dtype=wide) for _ in range(2))
-            self.recent = [
-                empty(batch, config.num_kv_heads, config.kernel_size, width)
-                for width in (config.head_dim, config.value_width)
-                if config.compression == "mlp"
-            ]
-            self.fresh = [empty(rows, recent.shape[-1]) for recent in self.recent]
-        self._project, self._output = weight.detach().t(), layer.output.weight.detach().t()
-        self.before, self.after = self._launches(cache)
-
-    def run(self, x: Tensor) -> Tensor:
-        """x (B, 1, dim) -> y (B, 1, dim); the cache is one token longer on the device, not yet on the host."""
-        layer = self.layer
-        torch.mm(x[:, 0], self._project, out=self.projected)
-        for launch in self.before:
-            launch()
-        if self.fresh:
-            self.fresh[0].copy_(layer.compress_key(self.recent[0]).flatten(0, 2))
-            self.fresh[1].copy_(layer.compress_value(self.recent[1]).flatten(0, 2))
-        for launch in self.after:
-            launch()
-        return torch.mm(self.mixed, self._output)[:, None]
-
-    def report(self, status: str, reason: str, replayed: bool) -> None:
-        """Tell ``trace`` that the step ran."""
-        announce(status, reason)
-        executed("decode", "fused", {**msgspec.structs.asdict(self.parameters), "graph": replayed})
-
-    def _parts(self) -> tuple[int, int, int]:
-        """Programs per row of each branch, 0 for one that is not run; selection needs the scores of compression."""
-        sizes = self.parameters
-        compressed = 0 if self.branch == "window" else sizes.compressed_splits
-        selected = sizes.selected_splits if self.branch in (None, "selection") else 0
-        return compressed, selected, sizes.window_splits if self.branch in (None, "window") else 0
-
-    def _launches(self, cache: NSACache) -> tuple[list[Launch], list[Launch]]:
-        """The kernels up to a learnt compression of what the new token completes, and those behind it."""
-        from .kernels import step  # Triton, loaded when first run
-
-        sizes, constants = self.parameters, self._constants(cache)
-        batch, groups = cache.batch, cache.groups
-        compressed, selected, window = self.parts
-        rows, slots, width = batch * groups, cache.keys.shape[1], self.projected.shape[1]
-        room, few, pages = cache.keys.shape[3], cache.compressed_keys.shape[2], cache.table.shape[1]
-        lengths, table, stat = cache.lengths, cache.table, (self.part, self.top, self.total)
-        turn = frequencies(self.layer.config.head_dim, self.layer.config.rotary_base, lengths.device)
-        storage = cache.keys, cache.values, cache.compressed_keys, cache.compressed_values
-        before = [
-            Launch(step.nsa_step_append, (rows, 4),
-                   (self.projected, self.query, *storage, lengths, table, turn, slots, room, few, pages, self.capacity,
-                    width), constants, num_warps=4)
-        ]  # fmt: skip
-        after = []
-        for source, target, recent, fresh in zip(storage[:2], storage[2:], self.recent, self.fresh, strict=False):
-            sized = constants | {"D": recent.shape[-1], "DP": support.padded(recent.shape[-1])}
-            before.append(Launch(
-                step.nsa_step_recent, (rows, 1),
-                (source, recent, lengths, table, slots, room, pages, self.capacity), sized, num_warps=4))  # fmt: skip
-            after.append(Launch(
-                step.nsa_step_keep, (rows, 1),
-                (fresh, target, lengths, table, slots, few, pages, self.capacity), sized, num_warps=4))  # fmt: skip
-        if compressed:
-            after.append(Launch(
-                step.nsa_step_compressed, (rows * compressed, 1),
-                (self.query, *storage[2:], lengths, table, self.scores, *stat, slots, few, pages, self.capacity,
-                 self.scores.shape[2]), constants | {"BN": sizes.compressed_tile},
-                num_warps=sizes.compressed_warps, num_stages=sizes.stages))  # fmt: skip
-        if selected:
-            after.append(Launch(
-                step.nsa_step_choose, (rows, 1),
-                (self.scores, self.top, self.total, lengths, self.ranks, self.picks, self.capacity,
-                 self.scores.shape[2]), constants, num_warps=sizes.choose_warps))  # fmt: skip
-        if selected or window:
-            after.append(Launch(
-                step.nsa_step_attend, (rows * (selected + window), 1),
-                (self.query, *storage[:2], lengths, table, self.picks, *stat, slots, room, pages, self.capacity),
-                constants, num_warps=sizes.attend_warps, num_stages=sizes.stages))  # fmt: skip
-        after.append(Launch(
-            step.nsa_step_combine, (rows * self.layer.config.heads_per_group, 1),
-            (self.projected, self.layer.gate_bias, *stat, self.mixed, lengths, width),
-            constants | {"COMPRESSED": compressed if self.branch != "selection" else 0}, num_warps=4))  # fmt: skip
-        return before, after
-
-    def _constants(self, cache: NSACache) -> dict[str, Any]:
-        """The compile-time arguments of all kernels, by name."""
-        config, sizes, (compressed, selected, window) = self.layer.config, self.parameters, self.parts
-        heads, width, wide = config.heads_per_group, config.head_dim, self.scores.dtype == torch.float64
-        return {
-            "G": config.num_kv_heads, "H": heads, "HP": support.padded(heads), "M": support.padded(heads, 16),
-            "DK": width, "DKP": support.padded(width, 16), "HALF": support.padded(width // 2),
-            "DV": config.value_width, "DVP": support.padded(config.value_width, 16),
-            "L": config.kernel_size, "LP": support.padded(config.kernel_size), "STRIDE": config.kernel_stride,
-            "BS": config.block_size, "TOPK": config.topk, "TP": support.padded(config.topk),
-            "WINDOW": config.window_size, "PAGE": cache.page_size, "SCALE": width**-0.5, "WIDE": wide,
-            "MEAN_ROLE": 0 if config.compression == "mean" else -1, "CHUNK": 16 if wide else 0,
-            "BN": sizes.tile, "BJ": sizes.blocks_at_once, "NB": self.ranks.shape[1], "SPLITS": compressed,
-            "SCORED": bool(selected), "VALUED": self.branch != "selection", "GATED": self.branch is None,
-            "BEFORE": compressed, "SELECTED": selected, "RECENT": window, "PARTS": compressed + selected + window,
-            "SECOND": compressed, "THIRD": compressed + selected,
-            "GATE": config.num_heads * width + len(BRANCHES) * config.num_kv_heads * (width + config.value_width),
-        }  # fmt: skip
-
-
-def step_key(
-    layer: NSAAttention, cache: NSACache, branch: Branch | None, parameters: StepParameters | None
-) -> tuple[object, ...]:
-    """What a FusedStep depends on: it serves as long as this is the same."""
-    weights = layer.project.weight, layer.gate_bias, layer.output.weight
-    return id(layer), *(weight.data_ptr() for weight in weights), cache.generation, branch, parameters
-
-
-def step_of(
-    layer: NSAAttention, cache: NSACache, branch: Branch | None = None, parameters: StepParameters | None = None
-) -> FusedStep:
-    """The cache's FusedStep, made anew where there is none that serves. ``parameters`` None = the default ones."""
-    held = cache.plan
-    if isinstance(held, FusedStep) and held.key == step_key(layer, cache, branch, parameters):
-        return held
-    made = FusedStep(layer, cache, branch, parameters)
-    cache.plan = made
-    return made
-
-
-def fused_decode(
-    layer: NSAAttention, x: Tensor, cache: NSACache, branch: Branch | None, status: str, reason: str
-) -> Tensor:
+def fused_decode(layer: Layer, x: Tensor, cache: NSACache, branch: Branch | None, status: str, reason: str) -> Tensor:
     """One step now: x (B, 1, dim) -> y (B, 1, dim). A call that fails leaves the cache as it was.
 
     Under capture nothing runs and the host's length stays: count replays with ``cache.advance``.
@@ -248,7 +36,7 @@ def fused_decode(
     return y
 
 
-def unsupported_reason(layer: NSAAttention, x: Tensor, cache: NSACache) -> str | None:
+def unsupported_reason(layer: Layer, x: Tensor, cache: NSACache) -> str | None:
     """Why the route ``fused`` cannot run this step; None if it can."""
     weight, config = layer.project.weight, layer.config
     if torch.is_autocast_enabled(x.device.type):
@@ -268,7 +56,7 @@ def unsupported_reason(layer: NSAAttention, x: Tensor, cache: NSACache) -> str |
     return support.device_reason("fused", x.device)
 
 
-def decode_route(layer: NSAAttention, x: Tensor, cache: NSACache, route: Route) -> tuple[str, str, str]:
+def decode_route(layer: Layer, x: Tensor, cache: NSACache, route: Route) -> tuple[str, str, str]:
     """(route, status, reason). Forced by the argument, else by NSA_USE_FUSED_DECODE, and then never another one.
 
     Otherwise ``fused`` where it can run, unless a flag names what only ``branches`` does. Raises UnsupportedPathError.
@@ -302,13 +90,13 @@ def steering_flag(flags: Flags) -> str | None:
 class DecodeGraph:
     """The fused step of a layer on a cache as one CUDA graph: captured once, replayed for every token.
 
-    ``branch`` and ``parameters`` as in ``FusedStep``. Captured again where the storage of the cache or the layer's weights have moved, as
-    after a growth of the capacity. Raises UnsupportedPathError where the fused step cannot run, or without CUDA.
+    ``branch`` and ``parameters`` as in ``FusedStep``. Captured again where the cache's storage or the layer's weights
+    have moved, as after a growth. Raises UnsupportedPathError where the fused step cannot run, or without CUDA.
     """
 
     def __init__(
         self,
-        layer: NSAAttention,
+        layer: Layer,
         cache: NSACache,
         *,
         branch: Branch | None = None,

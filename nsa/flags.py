@@ -117,7 +117,9 @@ def _refuse_contradictions(values: Mapping[str, bool | int | str]) -> None:
                 f"for a path that is switched off; unset one or the other. {_valid_flags()}"
             )
     if values.get("NSA_USE_FUSED_DECODE"):
-        steering = [name for name in (*FORCING, "NSA_USE_FA2", "NSA_USE_FA2_CMP", "NSA_USE_FA2_WIN") if values.get(name)]
+        steering = [
+            name for name in (*FORCING, "NSA_USE_FA2", "NSA_USE_FA2_CMP", "NSA_USE_FA2_WIN") if values.get(name)
+        ]
         if steering:
             raise FlagError(
                 f"NSA_USE_FUSED_DECODE=1 contradicts {', '.join(f'{name}=1' for name in steering)}: the fused step "

@@ -1,4 +1,4 @@
-"""The fused decode step is the layer: in Triton's interpreter where there is no GPU, which makes a step take seconds."""
+"""The fused decode step is the layer; where there is no GPU in Triton's interpreter, half a second a step."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ INTERPRETED = prepare()
 import nsa.attention  # noqa: E402  kernels load Triton, which asks for its mode once
 from nsa.attention import NSAAttention, NSAConfig  # noqa: E402
 from nsa.cache import BRANCHES, NSACache  # noqa: E402
-from nsa.decode import DecodeGraph, FusedStep, StepParameters, step_of  # noqa: E402
+from nsa.decode import DecodeGraph  # noqa: E402
 from nsa.errors import ArgumentError, FlagError, ReserveError, UnsupportedPathError  # noqa: E402
 from nsa.flags import Flags, read_flags  # noqa: E402
+from nsa.step import FusedStep, StepParameters, step_of  # noqa: E402
 from nsa.trace import record_paths  # noqa: E402
 
 from .reference_layer import cast, reference_layer  # noqa: E402
@@ -113,7 +114,7 @@ def test_steps_behind_a_prefill_equal_the_prefill_of_all_and_choose_the_branches
 def test_any_number_of_splits_and_any_tile_is_the_same_function():
     layer = layer_of("mean", block_size=16, topk=5)
     x = tokens(1, 150, 12)
-    y, cache = layer.prefill(x[:, :149], capacity=160)
+    _, cache = layer.prefill(x[:, :149], capacity=160)
     expected = layer.prefill(x)[0][:, -1]
     for splits, selected, window, tile in ((1, 1, 1, 16), (4, 8, 2, 16), (2, 2, 4, 32)):
         sizes = StepParameters(
@@ -158,7 +159,9 @@ def test_gates_forced_to_a_branch_run_that_branch_alone(branch):
     _, other = layer.prefill(x[:, :28])
     got = fused(layer, x[:, 28:], cache, branch=branch)
     with record_paths() as recorder:
-        expected = torch.cat([layer.decode(x[:, t : t + 1], other, route="branches", branch=branch)[0] for t in (28, 29)], 1)
+        expected = torch.cat(
+            [layer.decode(x[:, t : t + 1], other, route="branches", branch=branch)[0] for t in (28, 29)], 1
+        )
     assert [record.operation for record in recorder.executed] == [branch, "decode"] * 2
     assert float((got - expected).abs().max()) <= agreement_bound(layer, x)
     names = [launch.kernel.fn.__name__ for launch in cache.plan.after]
@@ -217,17 +220,19 @@ def test_no_step_reads_a_tensor_on_the_host():
 def test_a_route_is_a_choice_with_a_reason_and_a_forced_one_never_falls_back():
     x = tokens(1, 1, 12)
     layer = layer_of("mean")
-    for route, path, status in (("auto", "branches" if INTERPRETED else "fused", "default"), ("fused", "fused", "forced"),
-                                ("branches", "branches", "forced")):  # fmt: skip
+    usual = "branches" if INTERPRETED else "fused"
+    routes = (("auto", usual, "default"), ("fused", "fused", "forced"), ("branches", "branches", "forced"))
+    for route, path, status in routes:
         with record_paths() as recorder:
             layer.decode(x, layer.empty_cache(1, capacity=1, device=DEVICE), route=route)
         record = recorder.executed[-1]
         assert (record.operation, record.path, record.status) == ("decode", path, status)
         assert record.reason
         assert len(recorder.executed) == (1 if path == "fused" else 4)
-    with pytest.raises(UnsupportedPathError, match="fused has no torch.float64"):
-        double = layer.double()
-        double.decode(x.double(), double.empty_cache(1, capacity=1, device=DEVICE), route="fused")
+    double = layer.double()
+    cache = double.empty_cache(1, capacity=1, device=DEVICE)
+    with pytest.raises(UnsupportedPathError, match=r"fused has no torch\.float64"):
+        double.decode(x.double(), cache, route="fused")
 
 
 @pytest.mark.parametrize(
