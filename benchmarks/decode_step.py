@@ -5,9 +5,10 @@
 Shapes: ``pr31`` (dim 256, 8 heads in 2 groups, head dim 32) in float32 and bfloat16, contexts 512 to 64k; ``large``
 (dim 8192, 64 heads in 4 groups, head dim 128, bfloat16) at 64k, batch 1 and 64. Contents are random. Every layer is
 first held against a float64 twin that runs the branches on the ``reference`` path, within the design's bound. Each
-time is the median of samples of 20 steps, which start at the context; ``device_us`` are the kernels of a step as a
-profiler saw them, ``host_us`` is the time to launch it, ``branches`` the same step by torch operators. L2 stays warm:
-``pr31`` fits it, ``large`` does not. The floor is weights, compressed, selected and window bytes at 4.3 TB/s.
+time is the median of samples of 20 steps, which start at the context; ``host_us`` is the time to launch a step,
+``queued_us`` the device's time when the host is ahead, ``device_us`` the step's kernels as a profiler saw them,
+``branches`` the same step by torch operators. L2 stays warm: ``pr31`` fits it, ``large`` does not. The floor is
+weights, compressed, selected and window bytes at 4.3 TB/s.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from nsa.step import FusedStep
 STEPS = 20
 SAMPLES = 15
 BYTES_PER_US = 4.3e6
+SLEEP_CYCLES = 10_000_000
+"""About 5 ms, longer than the host takes for STEPS steps."""
 SHAPES: dict[str, dict[str, int]] = {
     "pr31": {"dim": 256, "num_heads": 8, "num_kv_heads": 2, "head_dim": 32},
     "large": {"dim": 8192, "num_heads": 64, "num_kv_heads": 4, "head_dim": 128},
@@ -101,8 +104,9 @@ def check(layer: NSAAttention, cache: NSACache, x: torch.Tensor, context: int) -
 
 
 def timed(run: Callable[[], Any], reset: Callable[[], None]) -> dict[str, float]:
-    """Microseconds of a step: from the first launch to the end of the last kernel, and until it was launched."""
-    whole, host = [], []
+    """Microseconds of a step: ``us`` from the first launch to the end of the last kernel, ``host_us`` until all was
+    launched, ``queued_us`` on the device when the host is ahead, which a kernel that sleeps before them sees to."""
+    whole, host, queued = [], [], []
     for _ in range(SAMPLES + 2):
         reset()
         torch.cuda.synchronize()
@@ -113,8 +117,23 @@ def timed(run: Callable[[], Any], reset: Callable[[], None]) -> dict[str, float]
         torch.cuda.synchronize()
         whole.append((time.perf_counter() - begin) / STEPS * 1e6)
         host.append((launched - begin) / STEPS * 1e6)
+        reset()
+        begins, ends = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(SLEEP_CYCLES)
+        begins.record()
+        for _ in range(STEPS):
+            run()
+        ends.record()
+        torch.cuda.synchronize()
+        queued.append(begins.elapsed_time(ends) / STEPS * 1e3)
     low, median, high = statistics.quantiles(whole[2:], n=4)
-    return {"us": median, "low_us": low, "high_us": high, "host_us": statistics.median(host[2:])}
+    return {
+        "us": median,
+        "low_us": low,
+        "high_us": high,
+        "host_us": statistics.median(host[2:]),
+        "queued_us": statistics.median(queued[2:]),
+    }
 
 
 def profiled(run: Callable[[], Any], reset: Callable[[], None]) -> dict[str, Any]:
@@ -196,6 +215,7 @@ def main() -> None:
             eager, profile, found = record["eager"], record["profile"], record["check"]
             print(
                 f"{name:14} {context:6} floor {record['floor_us']:6.1f}  graph {record['graph']['us']:6.1f}"
+                f" (queued {record['graph']['queued_us']:5.1f})"
                 f"  eager {eager['us']:6.1f} (host {eager['host_us']:5.1f})"
                 f"  device {profile['device_us']:6.1f} in {profile['launches']:.0f} launches"
                 f"  waits {profile['host_waits']:.0f}  error {found['error']:.1e} of {found['bound']:.1e}",

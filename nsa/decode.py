@@ -18,6 +18,7 @@ from .kernels import support
 from .step import FusedStep, Layer, StepParameters, step_key, step_of
 
 Route = Literal["auto", "fused", "branches"]
+USUAL = Flags()
 MOST_BLOCKS = 2**13
 """Blocks that one program ranks at once."""
 
@@ -39,9 +40,10 @@ def fused_decode(layer: Layer, x: Tensor, cache: NSACache, branch: Branch | None
 def unsupported_reason(layer: Layer, x: Tensor, cache: NSACache) -> str | None:
     """Why the route ``fused`` cannot run this step; None if it can."""
     weight, config = layer.project.weight, layer.config
-    if torch.is_autocast_enabled(x.device.type):
+    device, dtype = x.device, x.dtype
+    if torch.is_autocast_enabled(device.type):
         return "fused does not run under autocast"
-    if not x.dtype == weight.dtype == cache.keys.dtype or not x.device == weight.device == cache.keys.device:
+    if not dtype == weight.dtype == cache.keys.dtype or not device == weight.device == cache.keys.device:
         return "fused needs token, weights and cache of one dtype on one device"
     if isinstance(cache.plan, FusedStep):
         return None
@@ -80,9 +82,8 @@ def steering_flag(flags: Flags) -> str | None:
     named = [name for name in ("NSA_USE_FA2", "NSA_USE_FA2_CMP", "NSA_USE_FA2_WIN") if name in flags.given]
     if named:
         return f"{', '.join(named)} steers the branches"
-    usual = Flags()
     for name in ("flash_attention", "flash_attention_compression", "flash_attention_window"):
-        if getattr(flags, name) != getattr(usual, name):
+        if getattr(flags, name) != getattr(USUAL, name):
             return f"flags set {name}"
     return None if flags.ranges_v2 else "NSA_SEL_RANGES_V2=0 names how ranges are derived"
 

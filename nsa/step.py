@@ -17,7 +17,7 @@ from .config import NSAConfig
 from .flags import Flags
 from .kernels import support
 from .rotary import frequencies
-from .trace import announce, executed
+from .trace import ParameterValue, announce, executed
 
 PROCESSORS = 132
 """Multiprocessors that splits are made for."""
@@ -36,18 +36,22 @@ class Layer(Protocol):
 
 
 class StepParameters(msgspec.Struct, frozen=True, kw_only=True):
-    """Tunables of the step: programs per row of each branch (powers of two), keys per tile, warps and stages."""
+    """Tunables of the step: programs per row of each branch (powers of two) and of the choice, keys per tile, warps and
+    stages."""
 
     compressed_splits: int
     selected_splits: int
     window_splits: int
     compressed_tile: int = 64
     tile: int = 64
-    blocks_at_once: int = 128
+    choice_splits: int = 1
+    blocks_at_once: int = 64
     compressed_warps: int = 4
     choose_warps: int = 4
     attend_warps: int = 4
-    stages: int = 2
+    combine_warps: int = 2
+    compressed_stages: int = 2
+    attend_stages: int = 3
 
 
 def default_parameters(config: NSAConfig, rows: int, capacity: int, dtype: torch.dtype) -> StepParameters:
@@ -55,15 +59,16 @@ def default_parameters(config: NSAConfig, rows: int, capacity: int, dtype: torch
     share = 1 << (max(1, 2 * PROCESSORS // rows).bit_length() - 1)
     tile, compressed_tile = min(64, support.padded(config.block_size, 16)), 32 if dtype == torch.float32 else 64
     tiles = max(1, capacity // config.kernel_stride // compressed_tile)
+    at_once = min(64, max(16, (512 if dtype == torch.float32 else 1024) // support.padded(config.heads_per_group)))
     return StepParameters(
         compressed_splits=min(64, 2 * share, support.padded(tiles)),
         selected_splits=min(support.padded(config.topk), max(2, share)),
         window_splits=min(support.padded(-(-config.window_size // tile)), max(1, share // 2)),
         compressed_tile=compressed_tile,
         tile=tile,
-        blocks_at_once=min(
-            256, max(16, (1024 if dtype == torch.float32 else 2048) // support.padded(config.heads_per_group))
-        ),
+        choice_splits=min(16, max(4, share // 4), support.padded(-(-capacity // config.block_size // at_once))),
+        blocks_at_once=at_once,
+        attend_stages=2 if dtype == torch.float32 else 3,
     )
 
 
@@ -103,6 +108,8 @@ class FusedStep:
         self.layer, self.branch, self.capacity = layer, branch, cache.reach
         self.parameters = parameters or default_parameters(config, rows, self.capacity, weight.dtype)
         self.parts = self._parts()
+        self._eager: dict[str, ParameterValue] = {**msgspec.structs.asdict(self.parameters), "graph": False}
+        self._replayed = self._eager | {"graph": True}
 
         def empty(*shape: int, dtype: torch.dtype = weight.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=weight.device)
@@ -113,6 +120,7 @@ class FusedStep:
             self.scores = empty(rows, heads, (self.capacity // config.kernel_stride + 16) // 16 * 16, dtype=wide)
             self.ranks = empty(rows, support.padded(-(-self.capacity // config.block_size)), dtype=torch.int64)
             self.picks = empty(rows, topk, dtype=torch.int32)
+            self.counter = torch.zeros(rows, dtype=torch.int32, device=weight.device)
             self.part = empty(rows, sum(self.parts), heads, config.value_width, dtype=torch.float32)
             self.top, self.total = (empty(rows, sum(self.parts), heads, dtype=wide) for _ in range(2))
             self.recent = [
@@ -140,7 +148,7 @@ class FusedStep:
     def report(self, status: str, reason: str, replayed: bool) -> None:
         """Tell ``trace`` that the step ran."""
         announce(status, reason)
-        executed("decode", "fused", {**msgspec.structs.asdict(self.parameters), "graph": replayed})
+        executed("decode", "fused", self._replayed if replayed else self._eager)
 
     def _parts(self) -> tuple[int, int, int]:
         """Programs per row of each branch, 0 for one that is not run; selection needs the scores of compression."""
@@ -164,7 +172,7 @@ class FusedStep:
         before = [
             Launch(step_append.nsa_step_append, (rows, 4),
                    (self.projected, self.query, *storage, lengths, table, turn, slots, room, few, pages, self.capacity,
-                    width), constants, num_warps=4)
+                    width), constants, num_warps=2)
         ]  # fmt: skip
         after = []
         for source, target, recent, fresh in zip(storage[:2], storage[2:], self.recent, self.fresh, strict=False):
@@ -180,21 +188,22 @@ class FusedStep:
                 step.nsa_step_compressed, (rows * compressed, 1),
                 (self.query, *storage[2:], lengths, table, self.scores, *stat, slots, few, pages, self.capacity,
                  self.scores.shape[2]), constants | {"BN": sizes.compressed_tile},
-                num_warps=sizes.compressed_warps, num_stages=sizes.stages))  # fmt: skip
+                num_warps=sizes.compressed_warps, num_stages=sizes.compressed_stages))  # fmt: skip
         if selected:
             after.append(Launch(
-                step.nsa_step_choose, (rows, 1),
-                (self.scores, self.top, self.total, lengths, self.ranks, self.picks, self.capacity,
+                step.nsa_step_choose, (rows * sizes.choice_splits, 1),
+                (self.scores, self.top, self.total, lengths, self.ranks, self.picks, self.counter, self.capacity,
                  self.scores.shape[2]), constants, num_warps=sizes.choose_warps))  # fmt: skip
         if selected or window:
             after.append(Launch(
                 step.nsa_step_attend, (rows * (selected + window), 1),
                 (self.query, *storage[:2], lengths, table, self.picks, *stat, slots, room, pages, self.capacity),
-                constants, num_warps=sizes.attend_warps, num_stages=sizes.stages))  # fmt: skip
+                constants, num_warps=sizes.attend_warps, num_stages=sizes.attend_stages))  # fmt: skip
         after.append(Launch(
             step.nsa_step_combine, (rows * self.layer.config.heads_per_group, 1),
             (self.projected, self.layer.gate_bias, *stat, self.mixed, lengths, width),
-            constants | {"COMPRESSED": compressed if self.branch != "selection" else 0}, num_warps=4))  # fmt: skip
+            constants | {"COMPRESSED": compressed if self.branch != "selection" else 0},
+            num_warps=sizes.combine_warps))  # fmt: skip
         return before, after
 
     def _constants(self, cache: NSACache) -> dict[str, Any]:
@@ -209,7 +218,8 @@ class FusedStep:
             "BS": config.block_size, "TOPK": config.topk, "TP": support.padded(config.topk),
             "WINDOW": config.window_size, "PAGE": cache.page_size, "SCALE": width**-0.5, "WIDE": wide,
             "MEAN_ROLE": 0 if config.compression == "mean" else -1, "CHUNK": 16 if wide else 0,
-            "BN": sizes.tile, "BJ": sizes.blocks_at_once, "NB": self.ranks.shape[1], "SPLITS": compressed,
+            "BN": sizes.tile, "BJ": sizes.blocks_at_once, "NB": self.ranks.shape[1], "SHARES": sizes.choice_splits,
+            "SPLITS": compressed,
             "SCORED": bool(selected), "VALUED": self.branch != "selection", "GATED": self.branch is None,
             "BEFORE": compressed, "SELECTED": selected, "RECENT": window, "PARTS": compressed + selected + window,
             "SECOND": compressed, "THIRD": compressed + selected,

@@ -161,6 +161,21 @@ def nsa_step_compressed(
     store_part(PART, TOP, TOTAL, row * PARTS + split, out, top, total, heads, H, DV, DVP)
 
 
+@triton.jit
+def pick_blocks(RANK, PICK, own, TOPK: tl.constexpr, TP: tl.constexpr, NB: tl.constexpr):
+    """The TOPK blocks of highest rank among blocks 0 to ``own``, then -1."""
+    block = tl.arange(0, NB)
+    rank = tl.load(RANK + block, mask=block <= own, other=-1, cache_modifier=".cg")
+    chosen = tl.minimum(own + 1, TOPK)
+    slots = tl.arange(0, TP)
+    picks = tl.full([TP], -1, tl.int32)
+    for slot in range(chosen):
+        best = tl.max(rank, 0)
+        picks = tl.where(slots == slot, ((best & LOW) ^ LOW).to(tl.int32), picks)
+        rank = tl.where(rank == best, -1, rank)
+    tl.store(PICK + slots, picks, mask=slots < TOPK)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def nsa_step_choose(
     SCORE,
@@ -169,6 +184,7 @@ def nsa_step_choose(
     LENGTH,
     RANK,
     PICK,
+    COUNTER,
     capacity,
     width,
     G: tl.constexpr,
@@ -184,12 +200,14 @@ def nsa_step_choose(
     PARTS: tl.constexpr,
     BJ: tl.constexpr,
     NB: tl.constexpr,
+    SHARES: tl.constexpr,
 ):
-    """Grid (B * G,): PICK (B * G, TOPK) gets the row's blocks, then -1, by the rules of ``nsa.scoring``.
+    """Grid (B * G * SHARES,): PICK (B * G, TOPK) gets the row's blocks, then -1, by the rules of ``nsa.scoring``.
 
-    RANK (B * G, NB) int64 is scratch: each block's leading score bits above its index, all different.
+    Each program ranks a share of the row's blocks, and the last one to finish picks: COUNTER (B * G,) is 0 before and
+    after. RANK (B * G, NB) int64 is scratch: a block's leading score bits above its index, all different.
     """
-    row = tl.program_id(0)
+    row = tl.program_id(0) // SHARES
     b = row // G
     position = context(LENGTH, b, capacity) - 1
     count = compressed_tokens(position + 1, L, STRIDE)
@@ -203,7 +221,10 @@ def nsa_step_choose(
     share = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
     kept = SCORE + (row.to(tl.int64) * H + heads)[:, None] * width
     RANK += row.to(tl.int64) * NB
-    for first in range(0, own + 1, BJ):
+    per_share = tl.cdiv(tl.cdiv(own + 1, SHARES), BJ) * BJ
+    begin = tl.program_id(0) % SHARES * per_share
+    end = tl.minimum(begin + per_share, own + 1)
+    for first in range(begin, end, BJ):
         block = first + tl.arange(0, BJ)
         score = tl.zeros([BJ], SCORE.dtype.element_ty)
         for place in tl.static_range(L // STRIDE - 1 + BS // STRIDE):
@@ -217,17 +238,14 @@ def nsa_step_choose(
         leading = tl.where(block == own - 1, FORCED + 1, leading)
         leading = tl.where(block == own, FORCED + 2, leading)
         leading = tl.where(block == 0, FORCED + 3, leading)
-        tl.store(RANK + block, (leading << INDEX) + (block ^ LOW), mask=block <= own)
-    tl.debug_barrier()
-    block = tl.arange(0, NB)
-    rank = tl.load(RANK + block, mask=block <= own, other=-1)
-    chosen = tl.minimum(own + 1, TOPK)
-    for slot in range(chosen):
-        best = tl.max(rank, 0)
-        tl.store(PICK + row * TOPK + slot, ((best & LOW) ^ LOW).to(tl.int32))
-        rank = tl.where(rank == best, -1, rank)
-    slot = tl.arange(0, TP)
-    tl.store(PICK + row * TOPK + slot, tl.full([TP], -1, tl.int32), mask=(slot >= chosen) & (slot < TOPK))
+        tl.store(RANK + block, (leading << INDEX) + (block ^ LOW), mask=block < end)
+    tl.debug_barrier()  # every thread's stores come before the one thread's release
+    if SHARES == 1:
+        pick_blocks(RANK, PICK + row * TOPK, own, TOPK, TP, NB)
+    else:
+        if tl.atomic_add(COUNTER + row, 1, sem="acq_rel") == SHARES - 1:
+            pick_blocks(RANK, PICK + row * TOPK, own, TOPK, TP, NB)
+            tl.store(COUNTER + row, 0)
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -29,10 +29,18 @@ def context(LENGTH, b, capacity):
 
 
 @triton.jit
-def mean_of(SOURCE, offsets, old, real, new, L: tl.constexpr):
-    """Mean of the old rows at ``offsets`` and the new one, summed in float32."""
-    tile = tl.load(SOURCE[None, :] + offsets[:, None], mask=old[:, None] & real[None, :], other=0.0)
-    return ((tl.sum(tile.to(tl.float32), 0) + new.to(tl.float32)) / L).to(new.dtype)
+def mean_of(SOURCE, TABLE, pages, b, g, first, position, columns, real, new, slots, room, G: tl.constexpr,
+            D: tl.constexpr, PAGE: tl.constexpr, L: tl.constexpr):  # fmt: skip
+    """Mean of the tokens from ``first`` to before ``position``, and the new one: summed in float32, 8 at a time."""
+    total = new.to(tl.float32)
+    for start in range(0, L, 8):
+        tokens = first + start + tl.arange(0, 8)
+        old = tokens < position
+        rows = storage_rows(TABLE, pages, 0, b, g, tokens, old, slots, room, G, PAGE)
+        keep = old[:, None] & real[None, :]
+        tile = tl.load(SOURCE + rows[:, None] * D + columns[None, :], mask=keep, other=0.0)
+        total += tl.sum(tile.to(tl.float32), 0)
+    return (total / L).to(new.dtype)
 
 
 @triton.jit
@@ -74,7 +82,6 @@ def nsa_step_append(
     DV: tl.constexpr,
     DVP: tl.constexpr,
     L: tl.constexpr,
-    LP: tl.constexpr,
     STRIDE: tl.constexpr,
     PAGE: tl.constexpr,
     MEAN_ROLE: tl.constexpr,
@@ -111,16 +118,17 @@ def nsa_step_append(
         tl.store(VALUE + new * DV + columns, value, mask=(columns < DV) & fits)
         first = position + 1 - L
         if (role == MEAN_ROLE) & (first >= 0) & (first % STRIDE == 0) & fits:
-            tokens = first + tl.arange(0, LP)
-            old = tokens < position
-            past = storage_rows(TABLE, pages, 0, b, g, tokens, old, slots, room, G, PAGE)
-            fresh = storage_rows(TABLE, pages, 0, b, g, first // STRIDE, fits, slots, croom, G, PAGE // STRIDE)
-            mean = mean_of(KEY + half, past * DK, old, real, key_low, L)
-            tl.store(CKEY + fresh * DK + half, mean, mask=real)
-            mean = mean_of(KEY + DK // 2 + half, past * DK, old, real, key_high, L)
-            tl.store(CKEY + fresh * DK + DK // 2 + half, mean, mask=real)
-            average = mean_of(VALUE + columns, past * DV, old, columns < DV, value, L)
-            tl.store(CVALUE + fresh * DV + columns, average, mask=columns < DV)
+            done = storage_rows(TABLE, pages, 0, b, g, first // STRIDE, fits, slots, croom, G, PAGE // STRIDE)
+            mean = mean_of(KEY, TABLE, pages, b, g, first, position, half, real, key_low, slots, room, G, DK, PAGE, L)
+            tl.store(CKEY + done * DK + half, mean, mask=real)
+            other = DK // 2 + half
+            mean = mean_of(KEY, TABLE, pages, b, g, first, position, other, real, key_high, slots, room, G, DK, PAGE, L)
+            tl.store(CKEY + done * DK + other, mean, mask=real)
+            inside = columns < DV
+            average = mean_of(
+                VALUE, TABLE, pages, b, g, first, position, columns, inside, value, slots, room, G, DV, PAGE, L
+            )
+            tl.store(CVALUE + done * DV + columns, average, mask=inside)
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -140,7 +140,7 @@ def test_prefill_sequential_and_decode_choose_the_references_blocks_and_match_it
 def agreement_bound(layer: NSAAttention, x: Tensor) -> float:
     """Two calls that are each within the bound of the oracle differ by twice the bound; the eager error is taken
     from a float64 twin of the layer, which other tests hold against the loops."""
-    twin = NSAAttention(layer.config, dtype=torch.float64, flags=Flags())
+    twin = NSAAttention(layer.config, dtype=torch.float64, flags=Flags(), device=x.device)
     twin.load_state_dict(cast(layer.state_dict(), torch.float64))
     oracle = twin(x.double()).detach()
     eager = layer(x).detach()

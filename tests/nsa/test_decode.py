@@ -19,7 +19,7 @@ from nsa.flags import Flags, read_flags  # noqa: E402
 from nsa.step import FusedStep, StepParameters, step_of  # noqa: E402
 from nsa.trace import record_paths  # noqa: E402
 
-from .reference_layer import cast, reference_layer  # noqa: E402
+from .reference_layer import Reference, cast, reference_layer  # noqa: E402
 from .test_attention import Operators, agreement_bound, assert_within  # noqa: E402
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -48,6 +48,12 @@ def chosen(cache: NSACache) -> list[set[int]]:
     return [set(row) - {-1} for row in cache.plan.picks.tolist()]
 
 
+def reference(layer: NSAAttention, x: Tensor, dtype: torch.dtype) -> Reference:
+    """The loop reference, on the CPU."""
+    weights = {name: weight.cpu() for name, weight in layer.state_dict().items()}
+    return reference_layer(layer.config, cast(weights, dtype), x.cpu().to(dtype))
+
+
 def fused(layer: NSAAttention, x: Tensor, cache: NSACache, **options) -> Tensor:
     """Steps over x; unwritten room is NaN throughout, and so is the scratch memory of every step."""
     outs = []
@@ -65,15 +71,14 @@ def fused(layer: NSAAttention, x: Tensor, cache: NSACache, **options) -> Tensor:
 def test_steps_from_an_empty_cache_choose_the_references_blocks_and_match_its_output(name, page_size):
     layer = layer_of(name)
     x = tokens(1, 37, layer.config.dim)
-    eager = reference_layer(layer.config, cast(layer.state_dict(), torch.float32), x)
-    oracle = reference_layer(layer.config, cast(layer.state_dict(), torch.float64), x.double())
+    eager, oracle = (reference(layer, x, dtype) for dtype in (torch.float32, torch.float64))
     cache = layer.empty_cache(1, capacity=4, device=DEVICE, page_size=page_size)
     outs = []
     for t in range(x.shape[1]):
         outs.append(fused(layer, x[:, t : t + 1], cache))
         for g, blocks in enumerate(chosen(cache)):
             assert blocks == set(oracle.blocks[0, t, g]), (t, g)
-    assert_within(torch.cat(outs, 1), eager.y, oracle.y, "y")
+    assert_within(torch.cat(outs, 1).cpu(), eager.y, oracle.y, "y")
     assert (cache.length, cache.compressed_length, cache.lengths.tolist()) == (37, 8, [37])
     assert cache.generation >= 3
 
@@ -83,9 +88,8 @@ def test_sixteen_bit_steps_stay_within_the_bound_of_float64(dtype):
     """topk covers every block here: in 16 bits the choice itself may differ, which tests of scoring count."""
     layer = layer_of("mean", dtype, topk=8)
     x = tokens(1, 22, 12, dtype)
-    oracle = reference_layer(layer.config, cast(layer.state_dict(), torch.float64), x.double()).y
-    eager = reference_layer(layer.config, cast(layer.state_dict(), dtype), x).y
-    assert_within(fused(layer, x, layer.empty_cache(1, capacity=22, device=DEVICE)), eager, oracle, "decode")
+    got = fused(layer, x, layer.empty_cache(1, capacity=22, device=DEVICE)).cpu()
+    assert_within(got, reference(layer, x, dtype).y, reference(layer, x, torch.float64).y, "decode")
 
 
 def test_steps_behind_a_prefill_equal_the_prefill_of_all_and_choose_the_branches_blocks(monkeypatch):
@@ -116,10 +120,10 @@ def test_any_number_of_splits_and_any_tile_is_the_same_function():
     x = tokens(1, 150, 12)
     _, cache = layer.prefill(x[:, :149], capacity=160)
     expected = layer.prefill(x)[0][:, -1]
-    for splits, selected, window, tile in ((1, 1, 1, 16), (4, 8, 2, 16), (2, 2, 4, 32)):
+    for splits, selected, window, tile, choice in ((1, 1, 1, 16, 1), (4, 8, 2, 16, 4), (2, 2, 4, 32, 2)):
         sizes = StepParameters(
             compressed_splits=splits, selected_splits=selected, window_splits=window, tile=tile, blocks_at_once=2,
-            compressed_tile=16,
+            compressed_tile=16, choice_splits=choice,
         )  # fmt: skip
         cache.plan = None
         got = step_of(layer, cache, None, sizes).run(x[:, 149:])
