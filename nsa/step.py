@@ -73,13 +73,17 @@ def default_parameters(config: NSAConfig, rows: int, capacity: int, dtype: torch
 
 
 class Launch:
-    """One kernel with all its arguments. The first call goes through Triton, later ones launch what it returned."""
+    """One kernel with all its arguments. The first call goes through Triton, later ones launch what it returned.
 
-    __slots__ = ("arguments", "constants", "grid", "kernel", "options", "runner")
+    Those pass addresses, not tensors, which spares the launcher a driver call per tensor; ``held`` keeps them alive.
+    """
+
+    __slots__ = ("arguments", "constants", "grid", "held", "kernel", "options", "runner")
 
     def __init__(self, kernel: Any, grid: tuple[int, int], arguments: tuple[Any, ...], constants: dict[str, Any],
                  **options: int) -> None:  # fmt: skip
-        self.kernel, self.grid, self.arguments, self.options = kernel, (*grid, 1), arguments, options
+        self.kernel, self.grid, self.held, self.options = kernel, (*grid, 1), arguments, options
+        self.arguments = arguments
         self.constants = {name: constants[name] for name in kernel.arg_names[len(arguments) :]}
         self.runner: Any = None
 
@@ -89,7 +93,8 @@ class Launch:
             return
         compiled = self.kernel[self.grid](*self.arguments, **self.constants, **self.options)
         if compiled is not None:  # the interpreter compiles nothing
-            self.arguments = (*self.arguments, *self.constants.values())
+            addresses = (item.data_ptr() if isinstance(item, Tensor) else item for item in self.held)
+            self.arguments = (*addresses, *self.constants.values())
             self.runner = compiled[self.grid]
 
 
