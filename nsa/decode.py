@@ -53,6 +53,12 @@ def unsupported_reason(layer: Layer, x: Tensor, cache: NSACache) -> str | None:
         return f"fused needs topk and query heads per group up to 64, got {config.topk} and {config.heads_per_group}"
     if max(config.head_dim, config.value_width) > 256:
         return f"fused needs head dims up to 256, got {config.head_dim} and {config.value_width}"
+    ratio = config.block_size // config.kernel_stride
+    if ratio & (ratio - 1) or ratio > 16 or config.kernel_size > config.block_size + config.kernel_stride:
+        return (
+            "fused needs block_size / kernel_stride to be 1, 2, 4, 8 or 16 and kernel_size up to block_size + "
+            f"kernel_stride, got {config.block_size}, {config.kernel_stride}, {config.kernel_size}"
+        )
     if cache.capacity > MOST_BLOCKS * config.block_size:
         return f"fused ranks up to {MOST_BLOCKS} blocks, the cache has room for {cache.capacity} tokens"
     return support.device_reason("fused", x.device)

@@ -59,14 +59,15 @@ def default_parameters(config: NSAConfig, rows: int, capacity: int, dtype: torch
     share = 1 << (max(1, 2 * PROCESSORS // rows).bit_length() - 1)
     tile, compressed_tile = min(64, support.padded(config.block_size, 16)), 32 if dtype == torch.float32 else 64
     tiles = max(1, capacity // config.kernel_stride // compressed_tile)
-    at_once = min(64, max(16, (512 if dtype == torch.float32 else 1024) // support.padded(config.heads_per_group)))
+    blocks = -(-capacity // config.block_size)
+    at_once = min(128, max(16, (1024 if dtype == torch.float32 else 2048) // support.padded(config.heads_per_group)))
     return StepParameters(
         compressed_splits=min(64, 2 * share, support.padded(tiles)),
         selected_splits=min(support.padded(config.topk), max(2, share)),
         window_splits=min(support.padded(-(-config.window_size // tile)), max(1, share // 2)),
         compressed_tile=compressed_tile,
         tile=tile,
-        choice_splits=min(16, max(4, share // 4), support.padded(-(-capacity // config.block_size // at_once))),
+        choice_splits=min(16, max(4, share // 4), support.padded(-(-blocks // 64))),
         blocks_at_once=at_once,
         attend_stages=2 if dtype == torch.float32 else 3,
     )
@@ -122,8 +123,9 @@ class FusedStep:
         with torch.inference_mode(False):
             self.projected, self.query = empty(batch, weight.shape[0]), empty(rows, heads, config.head_dim)
             self.mixed = empty(batch, config.num_heads * config.value_width)
-            self.scores = empty(rows, heads, (self.capacity // config.kernel_stride + 16) // 16 * 16, dtype=wide)
-            self.ranks = empty(rows, support.padded(-(-self.capacity // config.block_size)), dtype=torch.int64)
+            blocks = -(-self.capacity // config.block_size)
+            self.scores = empty(rows, heads, 2, (blocks + 16) // 16 * 16, dtype=wide)
+            self.ranks = empty(rows, support.padded(blocks), dtype=torch.int64)
             self.picks = empty(rows, topk, dtype=torch.int32)
             self.counter = torch.zeros(rows, dtype=torch.int32, device=weight.device)
             self.part = empty(rows, sum(self.parts), heads, config.value_width, dtype=torch.float32)
@@ -192,13 +194,13 @@ class FusedStep:
             after.append(Launch(
                 step.nsa_step_compressed, (rows * compressed, 1),
                 (self.query, *storage[2:], lengths, table, self.scores, *stat, slots, few, pages, self.capacity,
-                 self.scores.shape[2]), constants | {"BN": sizes.compressed_tile},
+                 self.scores.shape[3]), constants | {"BN": sizes.compressed_tile},
                 num_warps=sizes.compressed_warps, num_stages=sizes.compressed_stages))  # fmt: skip
         if selected:
             after.append(Launch(
                 step.nsa_step_choose, (rows * sizes.choice_splits, 1),
                 (self.scores, self.top, self.total, lengths, self.ranks, self.picks, self.counter, self.capacity,
-                 self.scores.shape[2]), constants, num_warps=sizes.choose_warps))  # fmt: skip
+                 self.scores.shape[3]), constants, num_warps=sizes.choose_warps))  # fmt: skip
         if selected or window:
             after.append(Launch(
                 step.nsa_step_attend, (rows * (selected + window), 1),

@@ -29,12 +29,6 @@ def compressed_tokens(length, L: tl.constexpr, STRIDE: tl.constexpr):
 
 
 @triton.jit
-def strides_shared(start: tl.constexpr, L: tl.constexpr, STRIDE: tl.constexpr, BS: tl.constexpr):
-    """Strides by which tokens [start, start + L) and the block [0, BS) overlap."""
-    return (min(start + L, BS) - max(start, 0)) // STRIDE
-
-
-@triton.jit
 def power(exponent, WIDE: tl.constexpr):
     """The exponential in the units of scores."""
     if WIDE:
@@ -68,20 +62,30 @@ def scores_of(query, Q, KEY, rows, heads, inside, H: tl.constexpr, DK: tl.conste
 
 
 @triton.jit
-def add_values(out, top, total, score, VALUE, rows, inside, DV: tl.constexpr, DVP: tl.constexpr,
-               WIDE: tl.constexpr, VALUED: tl.constexpr):  # fmt: skip
-    """One online-softmax step: (weighted values (M, DVP) float32, untouched without VALUED, maximum (M,), total)."""
+def weigh(top, total, score, WIDE: tl.constexpr):
+    """One step of the online softmax: (weights like score, decay (M,) of what is older, new maximum, new total)."""
     new_top = tl.maximum(top, tl.max(score, 1))
     weight = power(score - new_top[:, None], WIDE)
     decay = power(top - new_top, WIDE)
-    total = total * decay + tl.sum(weight, 1)
-    if VALUED:
-        columns = tl.arange(0, DVP)
-        keep = inside[:, None] & (columns < DV)[None, :]
-        value = tl.load(VALUE + rows[:, None] * DV + columns[None, :], mask=keep, other=0.0)
-        decayed = out * decay.to(tl.float32)[:, None]
-        out = tl.dot(weight.to(value.dtype), value, decayed, input_precision="ieee")
-    return out, new_top, total
+    return weight, decay, new_top, total * decay + tl.sum(weight, 1)
+
+
+@triton.jit
+def add_values(out, weight, decay, VALUE, rows, inside, DV: tl.constexpr, DVP: tl.constexpr):
+    """Weighted values (M, DVP) float32, older ones decayed."""
+    columns = tl.arange(0, DVP)
+    keep = inside[:, None] & (columns < DV)[None, :]
+    value = tl.load(VALUE + rows[:, None] * DV + columns[None, :], mask=keep, other=0.0)
+    decayed = out * decay.to(tl.float32)[:, None]
+    return tl.dot(weight.to(value.dtype), value, decayed, input_precision="ieee")
+
+
+@triton.jit
+def block_logsum(weight, strides, top, RATIO: tl.constexpr, WIDE: tl.constexpr):
+    """Logarithms (M, BN / RATIO) of the sums over each block's tokens of weight times strides, in units of scores."""
+    shape: tl.constexpr = [weight.shape[0], weight.shape[1] // RATIO, RATIO]
+    total = tl.sum(tl.reshape(weight * strides[None, :], shape), 2)
+    return (tl.log(total) if WIDE else tl.log2(total)) + top[:, None]
 
 
 @triton.jit
@@ -127,13 +131,18 @@ def nsa_step_compressed(
     BN: tl.constexpr,
     SPLITS: tl.constexpr,
     PARTS: tl.constexpr,
+    BS: tl.constexpr,
     SCORED: tl.constexpr,
     VALUED: tl.constexpr,
 ):
-    """Grid (B * G * SPLITS,): a contiguous share of the compressed tokens; SCORE (B * G, H, width) keeps the scores.
+    """Grid (B * G * SPLITS,): a contiguous share of the compressed tokens.
 
-    Without SCORED no score is kept, without VALUED no value is read.
+    SCORE (B * G, H, 2, width) gets, per block, the logarithm of the sum over the tokens that start in it of exp(score)
+    times the strides shared with that block, and times those shared with the next one: all that a block's score needs
+    (paper eq. 9 and 10, kernel_size up to block_size + kernel_stride). Without SCORED it is not written, without VALUED
+    no value is read.
     """
+    RATIO: tl.constexpr = BS // STRIDE
     pid = tl.program_id(0)
     row, split = pid // SPLITS, pid % SPLITS
     b, g = row // G, row % G
@@ -149,15 +158,24 @@ def nsa_step_compressed(
     top = tl.full([M], LOWEST, tl.float64 if WIDE else tl.float32)
     total = tl.zeros([M], tl.float64 if WIDE else tl.float32)
     out = tl.zeros([M, DVP], tl.float32)
-    kept = SCORE + (row.to(tl.int64) * H + heads)[:, None] * width
+    kept = SCORE + (row.to(tl.int64) * H + heads)[:, None] * (2 * width)
+    place = tl.arange(0, BN) % RATIO * STRIDE
+    own_strides = (tl.minimum(place + L, BS) - place) // STRIDE
+    next_strides = tl.maximum(place + L - BS, 0) // STRIDE
     for first in range(begin, end, BN):
         tokens = first + tl.arange(0, BN)
         inside = tokens < end
         rows = storage_rows(TABLE, pages, 0, b, g, tokens, inside, slots, croom, G, PAGE // STRIDE)
         score = scores_of(query, Q, CKEY, rows, heads, inside, H, DK, DKP, CHUNK, SCALE, WIDE)
+        weight, decay, top, total = weigh(top, total, score, WIDE)
         if SCORED:
-            tl.store(kept + tokens[None, :], score, mask=(heads < H)[:, None] & inside[None, :])
-        out, top, total = add_values(out, top, total, score, CVALUE, rows, inside, DV, DVP, WIDE, VALUED)
+            blocks = first // RATIO + tl.arange(0, BN // RATIO)
+            there = (heads < H)[:, None] & (blocks * RATIO < end)[None, :]
+            tl.store(kept + blocks[None, :], block_logsum(weight, own_strides, top, RATIO, WIDE), mask=there)
+            logsum = block_logsum(weight, next_strides, top, RATIO, WIDE)
+            tl.store(kept + width + blocks[None, :], logsum, mask=there)
+        if VALUED:
+            out = add_values(out, weight, decay, CVALUE, rows, inside, DV, DVP)
     store_part(PART, TOP, TOTAL, row * PARTS + split, out, top, total, heads, H, DV, DVP)
 
 
@@ -219,20 +237,18 @@ def nsa_step_choose(
     totals = tl.load(TOTAL + part, mask=(heads < H)[:, None], other=0.0)
     total = tl.sum(totals * power(tops - top[:, None], WIDE), 1)
     share = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
-    kept = SCORE + (row.to(tl.int64) * H + heads)[:, None] * width
+    kept = SCORE + (row.to(tl.int64) * H + heads)[:, None] * (2 * width)
     RANK += row.to(tl.int64) * NB
-    per_share = tl.cdiv(tl.cdiv(own + 1, SHARES), BJ) * BJ
-    begin = tl.program_id(0) % SHARES * per_share
-    end = tl.minimum(begin + per_share, own + 1)
+    begin = tl.program_id(0) % SHARES * tl.cdiv(own + 1, SHARES)
+    end = tl.minimum(begin + tl.cdiv(own + 1, SHARES), own + 1)
     for first in range(begin, end, BJ):
         block = first + tl.arange(0, BJ)
-        score = tl.zeros([BJ], SCORE.dtype.element_ty)
-        for place in tl.static_range(L // STRIDE - 1 + BS // STRIDE):
-            token = block * (BS // STRIDE) + (place - (L // STRIDE - 1))
-            there = (heads < H)[:, None] & ((token >= 0) & (token < count))[None, :]
-            logit = tl.load(kept + token[None, :], mask=there, other=-float("inf"))
-            probability = tl.sum(power(logit - top[:, None], WIDE) * share[:, None], 0)
-            score += probability * strides_shared((place - (L // STRIDE - 1)) * STRIDE, L, STRIDE, BS)
+        here = (heads < H)[:, None] & (block * (BS // STRIDE) < count)[None, :]
+        logsum = tl.load(kept + block[None, :], mask=here, other=-float("inf"))
+        before = (heads < H)[:, None] & ((block > 0) & ((block - 1) * (BS // STRIDE) < count))[None, :]
+        reaching = tl.load(kept + width + block[None, :] - 1, mask=before, other=-float("inf"))
+        weight = power(logsum - top[:, None], WIDE) + power(reaching - top[:, None], WIDE)
+        score = tl.sum(weight * share[:, None], 0)
         bits = score.to(tl.float64).to(tl.int64, bitcast=True)
         leading = (bits + ROUND) >> INDEX
         leading = tl.where(block == own - 1, FORCED + 1, leading)
@@ -315,7 +331,8 @@ def nsa_step_attend(
         inside = (tokens >= 0) & (tokens < tl.where(selected, block_end, piece_end))
         rows = storage_rows(TABLE, pages, branch, b, g, tokens, inside, slots, room, G, PAGE)
         score = scores_of(query, Q, KEY, rows, heads, inside, H, DK, DKP, 0, SCALE, WIDE)
-        out, top, total = add_values(out, top, total, score, VALUE, rows, inside, DV, DVP, WIDE, True)
+        weight, decay, top, total = weigh(top, total, score, WIDE)
+        out = add_values(out, weight, decay, VALUE, rows, inside, DV, DVP)
     store_part(PART, TOP, TOTAL, row * PARTS + BEFORE + split, out, top, total, heads, H, DV, DVP)
 
 

@@ -110,7 +110,8 @@ def test_steps_behind_a_prefill_equal_the_prefill_of_all_and_choose_the_branches
             layer.decode(x[:, t : t + 1], other, route="branches")
             assert chosen(cache) == [set(row) - {-1} for row in wanted[-1].flatten(0, 2).tolist()]
         for branch in BRANCHES:
-            assert torch.equal(cache.key(branch), other.key(branch))
+            key, expected = cache.key(branch), other.key(branch)
+            assert float((key - expected).abs().max()) <= 4 * torch.finfo(key.dtype).eps * float(expected.abs().max())
         difference = (torch.cat(parts, 1) - whole[:, : start + 4]).abs().max()
         assert float(difference) <= agreement_bound(layer, x)
 
