@@ -1,7 +1,9 @@
 """The runtime of nsa-tune: selection attention by the fastest correct path, as measured on this device."""
 
-from .attention import NSAAttention, NSAConfig
+from .attention import NSAAttention
 from .cache import NSACache
+from .config import NSAConfig
+from .decode import DecodeGraph
 from .dispatch import dispatch_stats, selection_attention, use_dispatch_table
 from .dispatch_table import Choice, DispatchTable, load_dispatch_table
 from .errors import UnsupportedPathError, UnsupportedSelection
@@ -14,6 +16,7 @@ from .workspace import Workspace
 __all__ = [
     "PATHS",
     "Choice",
+    "DecodeGraph",
     "DispatchTable",
     "NSAAttention",
     "NSACache",

@@ -10,69 +10,26 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import cast
 
-import msgspec
 import torch
 from torch import Tensor, nn
 
 from .cache import BRANCHES, Branch, NSACache
-from .compression import Compression, MeanCompressor, MLPCompressor, compressed_attention
+from .compression import MeanCompressor, MLPCompressor, compressed_attention
+from .config import NSAConfig
+from .decode import Route, decode_route, fused_decode
 from .dispatch import selection_attention
 from .dispatch_table import DispatchTable, load_dispatch_table
 from .errors import ArgumentError
 from .flags import Flags, read_flags
 from .problem import compressed_count
 from .rotary import rotate, rotation
-from .scoring import check_block_sizes, choose_blocks
+from .scoring import choose_blocks
 from .selection import Selection, blocks_to_ranges_v1
+from .trace import announce, executed
 from .window import window_attention
 from .workspace import Workspace
 
 _own = threading.local()
-
-
-class NSAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Sizes of a layer. Raises ArgumentError for sizes that do not go together.
-
-    ``dim`` of the token; ``num_heads`` = G * h query heads, ``num_kv_heads`` = G; ``head_dim`` Dk, even for rotary;
-    ``value_head_dim`` Dv, None = Dk. ``compression``: ``mean``, or ``mlp``, which learns. ``rotary_base``: angle base.
-    """
-
-    dim: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    value_head_dim: int | None = None
-    kernel_size: int = 32
-    kernel_stride: int = 16
-    block_size: int = 64
-    topk: int = 16
-    window_size: int = 512
-    compression: Compression = "mean"
-    rotary_base: float = 10000.0
-
-    def __post_init__(self) -> None:
-        for name in ("dim", "num_heads", "num_kv_heads", "head_dim", "window_size", "value_width"):
-            if getattr(self, name) < 1:
-                raise ArgumentError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if self.num_heads % self.num_kv_heads:
-            raise ArgumentError(f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
-        if self.head_dim % 2:
-            raise ArgumentError(f"head_dim {self.head_dim} is odd; rotary turns pairs, so it must be even")
-        if self.compression not in ("mean", "mlp"):
-            raise ArgumentError(f"compression is {self.compression!r}, expected 'mean' or 'mlp'")
-        if not self.rotary_base > 0:
-            raise ArgumentError(f"rotary_base is {self.rotary_base}, expected more than 0")
-        check_block_sizes(self.kernel_size, self.kernel_stride, self.block_size, self.topk)
-
-    @property
-    def value_width(self) -> int:
-        """Dv."""
-        return self.head_dim if self.value_head_dim is None else self.value_head_dim
-
-    @property
-    def heads_per_group(self) -> int:
-        """h."""
-        return self.num_heads // self.num_kv_heads
 
 
 def shared_workspace(device: torch.device) -> Workspace:
@@ -95,6 +52,8 @@ class NSAAttention(nn.Module):
     ``workspace``: None = the one all layers on a device share. ``dispatch_table``: None = the one in force at the call.
     ``flags``: None = read from the environment, now, which may raise FlagError. Calls raise what
     ``selection_attention`` does, a path that flags force and that cannot run included.
+    ``project`` makes, of each token and in this order, queries, keys by branch, values by branch and gates; ``widths``
+    are theirs. ``branch`` of a call: gates of 1 for that one, the other branches are not run; None = the gates.
     """
 
     def __init__(
@@ -123,40 +82,50 @@ class NSAAttention(nn.Module):
             return MLPCompressor(config.kernel_size, config.kernel_stride, width, device=device, dtype=dtype)
 
         groups, heads = config.num_kv_heads, config.num_heads
-        self.query = linear(config.dim, heads * config.head_dim)
-        self.keys = nn.ModuleDict({branch: linear(config.dim, groups * config.head_dim) for branch in BRANCHES})
-        self.values = nn.ModuleDict({branch: linear(config.dim, groups * config.value_width) for branch in BRANCHES})
+        self.widths = (
+            heads * config.head_dim,
+            *(groups * config.head_dim for _ in BRANCHES),
+            *(groups * config.value_width for _ in BRANCHES),
+            heads * len(BRANCHES),
+        )
+        self.project = linear(config.dim, sum(self.widths))
+        self.gate_bias = nn.Parameter(torch.zeros(self.widths[-1], device=device, dtype=dtype))
         self.compress_key = compressor(config.head_dim)
         self.compress_value = compressor(config.value_width)
-        self.gate = nn.Linear(config.dim, heads * len(BRANCHES), device=device, dtype=dtype)
         self.output = linear(heads * config.value_width, config.dim)
 
     def extra_repr(self) -> str:
         """The configuration, for ``print(layer)``."""
         return repr(self.config)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, branch: Branch | None = None) -> Tensor:
         """x (B, S, dim), a whole context -> y (B, S, dim); for training, and without a cache."""
         self._check(x)
         query, gates, keys, values = self._project(x, 0)
         compressed_key = self.compress_key(keys["compression"])
         compressed_value = self.compress_value(values["compression"])
-        return self._attend(query, gates, keys, values, compressed_key, compressed_value, 0)
+        return self._attend(query, gates, keys, values, compressed_key, compressed_value, 0, branch)
 
     @torch.no_grad()
-    def prefill(self, x: Tensor, *, capacity: int = 0) -> tuple[Tensor, NSACache]:
+    def prefill(
+        self, x: Tensor, *, capacity: int = 0, page_size: int = 0, branch: Branch | None = None
+    ) -> tuple[Tensor, NSACache]:
         """x (B, S, dim), S >= 1, from an empty cache -> y (B, S, dim) and the cache, without gradients.
 
-        ``capacity``: tokens that the cache has room for from the start.
+        ``capacity``: tokens that the cache has room for from the start; ``page_size`` as in ``empty_cache``.
         """
         self._check(x)
-        cache = self.empty_cache(x.shape[0], capacity=max(capacity, x.shape[1]), device=x.device)
+        room = max(capacity, x.shape[1])
+        cache = self.empty_cache(x.shape[0], capacity=room, device=x.device, page_size=page_size)
         if self.flags.batched_prefill:
-            return self._extend(x, cache), cache
-        return torch.cat([self._extend(x[:, t : t + 1], cache) for t in range(x.shape[1])], 1), cache
+            return self._extend(x, cache, branch), cache
+        return torch.cat([self._extend(x[:, t : t + 1], cache, branch) for t in range(x.shape[1])], 1), cache
 
-    def empty_cache(self, batch: int, *, capacity: int, device: torch.device) -> NSACache:
-        """A cache without tokens that has room for ``capacity`` of them; ``decode`` may start from it too."""
+    def empty_cache(self, batch: int, *, capacity: int, device: torch.device, page_size: int = 0) -> NSACache:
+        """A cache without tokens that has room for ``capacity`` of them; ``decode`` may start from it too.
+
+        ``page_size``: tokens per page, a multiple of kernel_stride; 0 = each entry in one piece.
+        """
         config = self.config
         autocast = torch.is_autocast_enabled(device.type)
         return NSACache(
@@ -164,21 +133,37 @@ class NSAAttention(nn.Module):
             config.num_kv_heads,
             config.head_dim,
             config.value_width,
-            dtype=torch.get_autocast_dtype(device.type) if autocast else self.query.weight.dtype,
+            dtype=torch.get_autocast_dtype(device.type) if autocast else self.project.weight.dtype,
             device=device,
+            kernel_size=config.kernel_size,
+            kernel_stride=config.kernel_stride,
             capacity=capacity,
-            compressed_capacity=compressed_count(capacity, config.kernel_size, config.kernel_stride),
+            page_size=page_size,
         )
 
     @torch.no_grad()
-    def decode(self, x: Tensor, cache: NSACache) -> tuple[Tensor, NSACache]:
-        """x (B, 1, dim), the next token -> y (B, 1, dim) and the cache, updated in place; without gradients."""
+    def decode(
+        self, x: Tensor, cache: NSACache, *, route: Route = "auto", branch: Branch | None = None
+    ) -> tuple[Tensor, NSACache]:
+        """x (B, 1, dim), the next token -> y (B, 1, dim) and the cache, updated in place; without gradients.
+
+        ``route``: ``fused`` is one step in few kernels on the device, ``branches`` the three branches by torch
+        operators and selection paths; see ``decode_route``. A call that fails leaves the cache as it was.
+        """
         self._check(x)
         if x.shape[1] != 1:
             raise ArgumentError(f"decode takes one token, x (B, 1, {self.config.dim}), got {tuple(x.shape)}")
-        return self._extend(x, cache), cache
+        if x.shape[0] != cache.batch:
+            raise ArgumentError(f"cannot append a token of batch {x.shape[0]} to a cache of batch {cache.batch}")
+        taken, status, reason = decode_route(self, x, cache, route)
+        if taken == "fused":
+            return fused_decode(self, x, cache, branch, status, reason), cache
+        y = self._extend(x, cache, branch)
+        announce(status, reason)
+        executed("decode", taken, {})
+        return y, cache
 
-    def _extend(self, x: Tensor, cache: NSACache) -> Tensor:
+    def _extend(self, x: Tensor, cache: NSACache, branch: Branch | None) -> Tensor:
         """Append tokens x (B, S, dim) to the cache and attend; a call that fails leaves the cache as it was."""
         config, first, done = self.config, cache.length, cache.compressed_length
         finished = False
@@ -193,7 +178,8 @@ class NSAAttention(nn.Module):
                 )
             keys = {branch: cache.key(branch) for branch in BRANCHES}
             values = {branch: cache.value(branch) for branch in BRANCHES}
-            y = self._attend(query, gates, keys, values, cache.compressed_key, cache.compressed_value, first)
+            compressed = cache.compressed_key, cache.compressed_value
+            y = self._attend(query, gates, keys, values, *compressed, first, branch)
             finished = True
         finally:
             if not finished:
@@ -206,11 +192,15 @@ class NSAAttention(nn.Module):
         config = self.config
         turn = rotation(first, x.shape[1], config.head_dim, config.rotary_base, dtype=x.dtype, device=x.device)
         rows, groups = (config.num_kv_heads, config.heads_per_group, -1), (config.num_kv_heads, -1)
-        query = rotate(torch.unflatten(self.query(x), 2, rows), turn)
-        gates = torch.unflatten(torch.sigmoid(self.gate(x)), 2, rows)
-        keys = {name: torch.unflatten(self.keys[name](x), 2, groups) for name in BRANCHES}
-        values = {name: torch.unflatten(self.values[name](x), 2, groups).transpose(1, 2) for name in BRANCHES}
-        return query, gates, {name: rotate(key, turn).transpose(1, 2) for name, key in keys.items()}, values
+        query, k0, k1, k2, v0, v1, v2, gates = self.project(x).split(self.widths, 2)
+        keys = {name: torch.unflatten(key, 2, groups) for name, key in zip(BRANCHES, (k0, k1, k2), strict=True)}
+        values = {name: torch.unflatten(value, 2, groups) for name, value in zip(BRANCHES, (v0, v1, v2), strict=True)}
+        return (
+            rotate(torch.unflatten(query, 2, rows), turn),
+            torch.unflatten(torch.sigmoid(gates + self.gate_bias.to(gates.dtype)), 2, rows),
+            {name: rotate(key, turn).transpose(1, 2) for name, key in keys.items()},
+            {name: value.transpose(1, 2) for name, value in values.items()},
+        )
 
     def _attend(
         self,
@@ -221,31 +211,38 @@ class NSAAttention(nn.Module):
         compressed_key: Tensor,
         compressed_value: Tensor,
         first: int,
+        branch: Branch | None,
     ) -> Tensor:
         """The three branches of queries at positions ``first`` .., gated, added and projected: (B, S, dim)."""
-        config, table = self.config, self.dispatch_table
+        config, table, outs = self.config, self.dispatch_table, dict[Branch, Tensor]()
         workspace = shared_workspace(query.device) if self.workspace is None else self.workspace
-        compression = compressed_attention(
-            query,
-            compressed_key,
-            compressed_value,
-            first_position=first,
-            kernel_size=config.kernel_size,
-            kernel_stride=config.kernel_stride,
-            flash_attention=self.flags.flash_attention_compression,
-            workspace=workspace,
-            table=table,
-        )
-        selection = self._select(query, keys["selection"], values["selection"], compressed_key)
-        window = window_attention(
-            query,
-            keys["window"],
-            values["window"],
-            window=config.window_size,
-            flash_attention=self.flags.flash_attention_window,
-            workspace=workspace,
-            table=table,
-        )
+        if branch in (None, "compression"):
+            outs["compression"] = compressed_attention(
+                query,
+                compressed_key,
+                compressed_value,
+                first_position=first,
+                kernel_size=config.kernel_size,
+                kernel_stride=config.kernel_stride,
+                flash_attention=self.flags.flash_attention_compression,
+                workspace=workspace,
+                table=table,
+            )
+        if branch in (None, "selection"):
+            outs["selection"] = self._select(query, keys["selection"], values["selection"], compressed_key)
+        if branch in (None, "window"):
+            outs["window"] = window_attention(
+                query,
+                keys["window"],
+                values["window"],
+                window=config.window_size,
+                flash_attention=self.flags.flash_attention_window,
+                workspace=workspace,
+                table=table,
+            )
+        if branch:
+            return cast(Tensor, self.output(outs[branch].flatten(2)))
+        compression, selection, window = (outs[name] for name in BRANCHES)
         mixed = gates[..., 0:1] * compression + gates[..., 1:2] * selection + gates[..., 2:3] * window
         return cast(Tensor, self.output(mixed.flatten(2)))
 

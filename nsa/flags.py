@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from typing import Literal
 
 import msgspec
 
@@ -27,6 +28,7 @@ FLAGS: dict[str, tuple[type, str]] = {
     "NSA_USE_FA2_WIN": (bool, "window branch: 1 takes FlashAttention wherever it can run, 0 never"),
     "NSA_SEL_RANGES_V2": (bool, "1 derives ranges from blocks vectorised, 0 by the readable loop (slow)"),
     "NSA_PREFILL_BATCHED": (bool, "1 prefills in one call, 0 token by token"),
+    "NSA_USE_FUSED_DECODE": (bool, "1 forces the fused decode step, 0 decode by branches"),
     "NSA_DISPATCH_TABLE": (str, "file of the dispatch table to use"),
 }
 """Flag -> (type, meaning). Booleans are 0 or 1, integers decimal and not negative."""
@@ -59,6 +61,7 @@ class Flags(msgspec.Struct, frozen=True, kw_only=True):
     flash_attention_window: bool | None = None
     ranges_v2: bool = True
     batched_prefill: bool = True
+    decode_route: Literal["auto", "fused", "branches"] = "auto"
     dispatch_table: str | None = None
     overridden: tuple[str, ...] = ()
     given: dict[str, str] = {}
@@ -85,6 +88,7 @@ def read_flags(environ: Mapping[str, str] | None = None) -> Flags:
         flash_attention_window=_switch(values, "NSA_USE_FA2_WIN", flash),
         ranges_v2=bool(values.get("NSA_SEL_RANGES_V2", True)),
         batched_prefill=bool(values.get("NSA_PREFILL_BATCHED", True)),
+        decode_route=_decode_route(values.get("NSA_USE_FUSED_DECODE")),
         dispatch_table=given.get("NSA_DISPATCH_TABLE"),
         overridden=tuple(flag for flag, value in values.items() if path and _loses(flag, value, path)),
         given=given,
@@ -117,6 +121,19 @@ def _refuse_contradictions(values: Mapping[str, bool | int | str]) -> None:
                 f"{flag}=0 contradicts {', '.join(f'{name}={values[name]}' for name in reserves)}: expected no reserve "
                 f"for a path that is switched off; unset one or the other. {_valid_flags()}"
             )
+    if values.get("NSA_USE_FUSED_DECODE"):
+        steering = [
+            name for name in (*FORCING, "NSA_USE_FA2", "NSA_USE_FA2_CMP", "NSA_USE_FA2_WIN") if values.get(name)
+        ]
+        if steering:
+            raise FlagError(
+                f"NSA_USE_FUSED_DECODE=1 contradicts {', '.join(f'{name}=1' for name in steering)}: the fused step "
+                f"runs no selection path and no FlashAttention; unset one or the other. {_valid_flags()}"
+            )
+
+
+def _decode_route(fused: bool | int | str | None) -> Literal["auto", "fused", "branches"]:
+    return "auto" if fused is None else "fused" if fused else "branches"
 
 
 def _reserves(values: Mapping[str, bool | int | str], forced: str | None) -> dict[str, dict[str, int]]:

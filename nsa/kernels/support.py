@@ -56,6 +56,13 @@ def common_reason(path: str, problem: SelectionProblem, device: torch.device) ->
         return f"{path} needs a topk up to 64, got {problem.topk}"
     if problem.h > 64:
         return f"{path} needs up to 64 query heads per group, got {problem.h}"
+    return device_reason(path, device)
+
+
+def device_reason(path: str, device: torch.device) -> str | None:
+    """Why Triton's kernels cannot run on the device; None if they can."""
+    if find_spec("triton") is None:
+        return f"{path} needs the package triton"
     if device.type == "cuda":
         return capability_reason(path, torch.cuda.current_device() if device.index is None else device.index)
     if device.type == "cpu" and interpreted():

@@ -85,8 +85,21 @@ def pick_blocks(scores: list[float], position: int, config) -> list[int]:
     return sorted(chosen + rest[: config.topk - len(chosen)])
 
 
+def by_part(config, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The rows of ``project.weight`` under a name per part: queries, keys and values by branch, gates."""
+    groups, heads = config.num_kv_heads, config.num_heads
+    sizes = {"query": heads * config.head_dim}
+    sizes |= {f"keys.{branch}": groups * config.head_dim for branch in BRANCHES}
+    sizes |= {f"values.{branch}": groups * (config.value_head_dim or config.head_dim) for branch in BRANCHES}
+    sizes["gate"] = heads * len(BRANCHES)
+    parts = weights["project.weight"].split(list(sizes.values()))
+    named = {f"{name}.weight": part for name, part in zip(sizes, parts, strict=True)}
+    return weights | named | {"gate.bias": weights["gate_bias"]}
+
+
 def reference_layer(config, weights: dict[str, Tensor], x: Tensor) -> Reference:
     """x (B, S, dim) and the state dict, both in the dtype to compute in -> outputs, blocks and scores."""
+    weights = by_part(config, weights)
     batch, tokens, _ = x.shape
     groups, heads = config.num_kv_heads, config.num_heads // config.num_kv_heads
     key_width = config.head_dim

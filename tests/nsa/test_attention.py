@@ -140,7 +140,7 @@ def test_prefill_sequential_and_decode_choose_the_references_blocks_and_match_it
 def agreement_bound(layer: NSAAttention, x: Tensor) -> float:
     """Two calls that are each within the bound of the oracle differ by twice the bound; the eager error is taken
     from a float64 twin of the layer, which other tests hold against the loops."""
-    twin = NSAAttention(layer.config, dtype=torch.float64, flags=Flags())
+    twin = NSAAttention(layer.config, dtype=torch.float64, flags=Flags(), device=x.device)
     twin.load_state_dict(cast(layer.state_dict(), torch.float64))
     oracle = twin(x.double()).detach()
     eager = layer(x).detach()
@@ -191,25 +191,22 @@ def test_the_three_branches_have_their_own_keys_and_values():
     layer = layer_of("h4")
     x = tokens(1, 20, 12)
     before = layer(x)
-    for table in (layer.keys, layer.values):
-        for branch in nsa.attention.BRANCHES:
-            weight = table[branch].weight
-            with torch.no_grad():
-                weight.mul_(2)
-                assert not torch.equal(layer(x), before)
-                weight.div_(2)
+    for weight in layer.project.weight.detach().split(layer.widths)[1:7]:
+        weight.mul_(2)
+        assert not torch.equal(layer(x), before)
+        weight.div_(2)
     assert torch.equal(layer(x), before)
 
 
 def test_a_gate_is_one_number_per_head_and_branch():
     layer = layer_of("h4")
     x = tokens(1, 20, 12)
-    assert layer.gate.weight.shape == (8 * 3, 12)
+    assert layer.gate_bias.shape == (8 * 3,)
     with torch.no_grad():
-        layer.gate.weight.zero_()
-        layer.gate.bias.fill_(-1e4)
+        layer.project.weight[-8 * 3 :] = 0.0
+        layer.gate_bias.fill_(-1e4)
         assert (layer(x) == 0).all()
-        layer.gate.bias[3 * 5 + 2] = 1e4  # head 5, window
+        layer.gate_bias[3 * 5 + 2] = 1e4  # head 5, window
         layer.output.weight.copy_(torch.zeros_like(layer.output.weight))
         layer.output.weight[0, 5 * 8 : 6 * 8] = 1.0
         assert (layer(x)[..., 0] != 0).all()
@@ -231,6 +228,7 @@ def test_every_branch_reports_what_ran(mode):
         ("compression", "sdpa_compressed"),
         ("selection", "gather" if mode == "decode" else "dense"),
         ("window", "sdpa_window"),
+        *([("decode", "branches")] if mode == "decode" else []),
     ]
     assert all(record.status == "default" and record.reason for record in recorder.executed)
 
@@ -310,7 +308,7 @@ def test_autocast_runs_the_layer_and_its_cache_in_the_autocast_dtype():
         y, cache = layer.prefill(tokens(1, 12, 10))
         y, cache = layer.decode(tokens(1, 1, 10), cache)
     assert y.dtype == cache.key("window").dtype == torch.bfloat16
-    assert layer.query.weight.grad is not None
+    assert layer.project.weight.grad is not None
 
 
 @pytest.mark.parametrize(
