@@ -214,7 +214,8 @@ class NSAAttention(nn.Module):
         branch: Branch | None,
     ) -> Tensor:
         """The three branches of queries at positions ``first`` .., gated, added and projected: (B, S, dim)."""
-        config, table, outs = self.config, self.dispatch_table, dict[Branch, Tensor]()
+        config, table = self.config, self.dispatch_table
+        outs: dict[Branch, Tensor] = {}
         workspace = shared_workspace(query.device) if self.workspace is None else self.workspace
         if branch in (None, "compression"):
             outs["compression"] = compressed_attention(

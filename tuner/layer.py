@@ -38,7 +38,7 @@ class LayerSizes(msgspec.Struct, frozen=True, kw_only=True):
 
     def problems(self, selection: SelectionProblem) -> dict[Operation, SelectionProblem]:
         """The dispatch problem of each operation in a call of the layer around this selection."""
-        ranged = {"block_size": 0, "topk": 1, "form": "ranges", "overlap": "high"}
+        ranged = {"block_size": 0, "topk": 1, "form": "ranges", "overlap": "high", "complete": False}
         compressed = {"operation": "compression", "kernel_size": self.kernel_size, "kernel_stride": self.kernel_stride}
         replace = msgspec.structs.replace
         return {

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from inspect import signature
 from typing import Any
 
 import torch
@@ -31,8 +30,6 @@ from tuner.oracle import WrongResult, orders
 from tuner.trial import Assessment, Trial
 
 SPOT_ROWS = 32
-BY_BRANCHES: dict[str, Any] = {"route": "branches"} if "route" in signature(NSAAttention.decode).parameters else {}
-"""Of decode: the route that takes its paths from the table."""
 
 
 class LayerTrial(Trial, frozen=True, kw_only=True):
@@ -239,7 +236,7 @@ class LayerBench(Bench):
 
         def decode() -> Tensor:
             layer.dispatch_table = table
-            y, _ = layer.decode(x[:, -1:], cache, **BY_BRANCHES)
+            y, _ = layer.decode(x[:, -1:], cache, route="branches")  # the route that takes its paths from the table
             cache.truncate(*before)
             return y
 

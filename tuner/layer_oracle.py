@@ -24,15 +24,10 @@ Weights = Mapping[str, Tensor]
 def weights_of(state: Mapping[str, Tensor], config: NSAConfig, dtype: torch.dtype) -> dict[str, Tensor]:
     """The layer's matrices by role in another dtype: query, key and value per branch, gate, gate_bias, output."""
     names = ["query", *(f"{kind}.{branch}" for kind in ("keys", "values") for branch in BRANCHES), "gate"]
-    if "project.weight" in state:
-        key, value = config.num_kv_heads * config.head_dim, config.num_kv_heads * config.value_width
-        rows = [config.num_heads * config.head_dim, key, key, key, value, value, value, config.num_heads * 3]
-        found = dict(zip(names, torch.split(state["project.weight"], rows), strict=True))
-        found["gate_bias"] = state["gate_bias"]
-    else:
-        found = {name: state[f"{name}.weight"] for name in names}
-        found["gate_bias"] = state["gate.bias"]
-    found["output"] = state["output.weight"]
+    key, value = config.num_kv_heads * config.head_dim, config.num_kv_heads * config.value_width
+    rows = [config.num_heads * config.head_dim, key, key, key, value, value, value, config.num_heads * 3]
+    found = dict(zip(names, torch.split(state["project.weight"], rows), strict=True))
+    found |= {"gate_bias": state["gate_bias"], "output": state["output.weight"]}
     return {name: tensor.detach().to(dtype) for name, tensor in found.items()}
 
 

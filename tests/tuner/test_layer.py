@@ -19,7 +19,7 @@ from tests.nsa.reference_layer import cast, reference_layer
 from tuner.attest import FellBack
 from tuner.layer import LAYER, OPERATIONS, LayerSizes, choices_of, combined
 from tuner.layer_bench import LayerBench, LayerTrial
-from tuner.layer_oracle import chosen_blocks, decided, layer_rows, weights_of
+from tuner.layer_oracle import BRANCHES, chosen_blocks, decided, layer_rows, weights_of
 from tuner.layer_search import LayerSearch
 from tuner.oracle import WrongResult
 from tuner.record import Record, RunFolder, Sample
@@ -84,7 +84,9 @@ def test_a_combination_and_its_choices_are_inverse() -> None:
 
 def test_sizes_and_their_pattern_are_inverse() -> None:
     assert LayerSizes.of_pattern(SIZES.pattern) == SIZES
-    assert {name: posed.operation for name, posed in SIZES.problems(problem()).items()} == {o: o for o in OPERATIONS}
+    posed = SIZES.problems(problem(complete=True))
+    assert {name: each.operation for name, each in posed.items()} == {o: o for o in OPERATIONS}
+    assert [posed[o].complete for o in OPERATIONS] == [True, False, False]
 
 
 # The oracle
@@ -112,19 +114,18 @@ def test_the_oracle_is_the_reference_layer_that_the_runtime_is_tested_with(topk:
     assert decided(gap, torch.bfloat16)[0].tolist() == [t < topk * 8 for t in rows.tolist()]
 
 
-def test_weights_are_read_alike_from_one_projection_and_from_many() -> None:
+def test_the_rows_of_the_projection_are_told_apart_by_role() -> None:
     config = NSAConfig(dim=16, num_heads=4, num_kv_heads=2, head_dim=4, value_head_dim=6)
-    layer = NSAAttention(config, flags=Flags())
-    roles = weights_of(layer.state_dict(), config, torch.float64)
-    assert roles["query"].shape == (16, 16)
-    assert roles["values.window"].shape == (12, 16)
-    parts = [roles[name] for name in roles if name not in ("gate_bias", "output")]
-    ends = {"output.weight": roles["output"]}
-    one = {"project.weight": torch.cat(parts), "gate_bias": roles["gate_bias"], **ends}
-    many = {f"{name}.weight": matrix for name, matrix in roles.items() if name != "gate_bias"}
-    for state in (one, {**many, "gate.bias": roles["gate_bias"]}):
-        found = weights_of(state, config, torch.float64)
-        assert all(torch.equal(found[name], matrix) for name, matrix in roles.items())
+    layer = NSAAttention(config, flags=Flags(), dtype=torch.float64)
+    roles, x = weights_of(layer.state_dict(), config, torch.float64), torch.randn(1, 5, 16, dtype=torch.float64)
+    _, gates, keys, values = layer._project(x, 0)
+    for branch in BRANCHES:
+        mine = x @ roles[f"values.{branch}"].T
+        assert torch.allclose(mine.unflatten(-1, (2, 6)).transpose(1, 2), values[branch])
+        assert roles[f"keys.{branch}"].shape == (8, 16)
+        assert torch.allclose((x[:, :1] @ roles[f"keys.{branch}"].T).view(1, 2, 1, 4), keys[branch][:, :, :1])
+    mine = torch.sigmoid(x @ roles["gate"].T + roles["gate_bias"]).view(1, 5, 2, 2, 3)
+    assert torch.allclose(mine, gates)
 
 
 # The bench
