@@ -3,7 +3,7 @@
 The query at position t reads keys [end - width, end), end = (t + 1 - kernel_size) // kernel_stride + 1, cut to what
 exists; width 0 = from key 0. A window is kernel_size = kernel_stride = 1. One program per tile of neighbouring tokens and
 group: the heads of a group stand below one another as rows, so that a tile of few tokens fills the tensor cores and
-walks hardly more keys than one token does. Tiles of keys that every row reads need no mask.
+walks hardly more keys than one token does. Without a width, tiles of keys that every row reads need no mask.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def walk(
             score = tl.dot(q1, tl.trans(k1), score, input_precision="ieee")
         if MASKED:
             key = start + columns
-            read = (key[None, :] >= first[:, None]) & (key[None, :] < tl.minimum(end, stop)[:, None])
+            read = (key[None, :] >= first[:, None]) & (key[None, :] < end[:, None])
             score = tl.where(read, score, -float("inf"))
         new_top = tl.maximum(top, tl.max(score, 1))
         weight = tl.math.exp2(score * scale2 - (new_top * scale2)[:, None])
@@ -119,8 +119,6 @@ def nsa_interval_forward(
     position = row_positions(FIRST, POSITION, b, tl.minimum(tile * TOKENS + member, S - 1), spb, sps)
     first, end = key_bounds(position, keys, KERNEL, STRIDE, WIDTH)
     begin = tl.min(first, 0)
-    shared = tl.max(first, 0)  # keys shared .. split are read by every row
-    split = tl.min(end, 0)
     stop = tl.max(end, 0)
     there = (tile * TOKENS + member < S) & (head < H)
     base = Q + b.to(tl.int64) * sqb + g.to(tl.int64) * sqg + (tile * TOKENS).to(tl.int64) * sqs
@@ -131,17 +129,13 @@ def nsa_interval_forward(
     top = tl.full([M], LOWEST, tl.float32)
     total = tl.zeros([M], tl.float32)
     out = tl.zeros([M, DVP], tl.float32)
-    if WIDTH > 0:
-        shared = tl.minimum(begin + tl.cdiv(shared - begin, BN) * BN, stop)
+    middle = begin
+    if WIDTH == 0:
+        middle = tl.min(end, 0) // BN * BN  # every row reads every key before it
         out, top, total = walk(
-            q0, q1, out, top, total, begin, shared, first, end, K0, K1, V, b, g, stop, scale2,
-            skb, skg, skt, svb, svg, svt, DK, DK0, DK1, DV, DVP, BN, DESCRIPTOR, True,
+            q0, q1, out, top, total, begin, middle, first, end, K0, K1, V, b, g, stop, scale2,
+            skb, skg, skt, svb, svg, svt, DK, DK0, DK1, DV, DVP, BN, DESCRIPTOR, False,
         )  # fmt: skip
-    middle = shared + tl.maximum(split - shared, 0) // BN * BN
-    out, top, total = walk(
-        q0, q1, out, top, total, shared, middle, first, end, K0, K1, V, b, g, stop, scale2,
-        skb, skg, skt, svb, svg, svt, DK, DK0, DK1, DV, DVP, BN, DESCRIPTOR, False,
-    )  # fmt: skip
     out, top, total = walk(
         q0, q1, out, top, total, middle, stop, first, end, K0, K1, V, b, g, stop, scale2,
         skb, skg, skt, svb, svg, svt, DK, DK0, DK1, DV, DVP, BN, DESCRIPTOR, True,

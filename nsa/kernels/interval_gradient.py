@@ -27,7 +27,6 @@ def walk_keys(
     q0, q1, grad, logsum, delta, dq0, dq1, begin, stop, first, end, K, V, b, g, there, scale2,
     skb, skg, skt, svb, svg, svt,
     DK: tl.constexpr, DK0: tl.constexpr, DK1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BN: tl.constexpr,
-    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Query gradients (without the scale) over keys begin .. stop."""
     columns = tl.arange(0, BN)
@@ -41,10 +40,9 @@ def walk_keys(
         v = load_rows(V, b, g, start, there - start, svb, svg, svt, 0, DV, DVP, BN, False)
         change = tl.dot(grad, tl.trans(v), input_precision="ieee")
         weight = tl.math.exp2(score * scale2 - logsum[:, None])
-        if MASKED:
-            key = start + columns
-            read = (key[None, :] >= first[:, None]) & (key[None, :] < tl.minimum(end, stop)[:, None])
-            weight = tl.where(read, weight, 0.0)
+        key = start + columns
+        read = (key[None, :] >= first[:, None]) & (key[None, :] < end[:, None])
+        weight = tl.where(read, weight, 0.0)
         change = (weight * (change - delta[:, None])).to(k0.dtype)
         dq0 = tl.dot(change, k0, dq0, input_precision="ieee")
         if DK1 > 0:
@@ -73,8 +71,6 @@ def nsa_interval_gradient_query(
     position = row_positions(FIRST, POSITION, b, tl.minimum(tile * TOKENS + member, S - 1), spb, sps)
     first, end = key_bounds(position, keys, KERNEL, STRIDE, WIDTH)
     begin = tl.min(first, 0)
-    shared = tl.max(first, 0)
-    split = tl.min(end, 0)
     stop = tl.max(end, 0)
     there = (tile * TOKENS + member < S) & (head < H)
     base = Q + b.to(tl.int64) * sqb + g.to(tl.int64) * sqg + (tile * TOKENS).to(tl.int64) * sqs
@@ -91,20 +87,9 @@ def nsa_interval_gradient_query(
     logsum = tl.load(LSE + row + offset, mask=there, other=float("inf"))
     dq0 = tl.zeros([M, DK0], tl.float32)
     dq1 = tl.zeros([M, DK1 if DK1 > 0 else 16], tl.float32)
-    if WIDTH > 0:
-        shared = tl.minimum(begin + tl.cdiv(shared - begin, BN) * BN, stop)
-        dq0, dq1 = walk_keys(
-            q0, q1, grad, logsum, delta, dq0, dq1, begin, shared, first, end, K, V, b, g, stop, scale2,
-            skb, skg, skt, svb, svg, svt, DK, DK0, DK1, DV, DVP, BN, True,
-        )  # fmt: skip
-    middle = shared + tl.maximum(split - shared, 0) // BN * BN
     dq0, dq1 = walk_keys(
-        q0, q1, grad, logsum, delta, dq0, dq1, shared, middle, first, end, K, V, b, g, stop, scale2,
-        skb, skg, skt, svb, svg, svt, DK, DK0, DK1, DV, DVP, BN, False,
-    )  # fmt: skip
-    dq0, dq1 = walk_keys(
-        q0, q1, grad, logsum, delta, dq0, dq1, middle, stop, first, end, K, V, b, g, stop, scale2,
-        skb, skg, skt, svb, svg, svt, DK, DK0, DK1, DV, DVP, BN, True,
+        q0, q1, grad, logsum, delta, dq0, dq1, begin, stop, first, end, K, V, b, g, stop, scale2,
+        skb, skg, skt, svb, svg, svt, DK, DK0, DK1, DV, DVP, BN,
     )  # fmt: skip
     columns = tl.arange(0, DK0)
     target = DQ + row * DK + offset[:, None] * DK
@@ -122,7 +107,6 @@ def walk_queries(
     spb, sps, sqb, sqs, sqg, sqh,
     H: tl.constexpr, HP: tl.constexpr, DK: tl.constexpr, DK0: tl.constexpr, DK1: tl.constexpr, DV: tl.constexpr,
     DVP: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr,
-    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Key and value gradients over queries begin .. stop. Scores stand transposed, (keys, rows), so that they enter
     the products without a transposition."""
@@ -143,11 +127,10 @@ def walk_queries(
         logsum = tl.load(LSE + row + offset, mask=there, other=float("inf"))
         delta = tl.load(DELTA + row + offset, mask=there, other=0.0)
         weight = tl.math.exp2(score * scale2 - logsum[None, :])
-        if MASKED:
-            position = row_positions(FIRST, POSITION, b, tl.minimum(s + member, S - 1), spb, sps)
-            first, end = key_bounds(position, keys, KERNEL, STRIDE, WIDTH)
-            read = (key[:, None] >= first[None, :]) & (key[:, None] < end[None, :])
-            weight = tl.where(read, weight, 0.0)
+        position = row_positions(FIRST, POSITION, b, tl.minimum(s + member, S - 1), spb, sps)
+        first, end = key_bounds(position, keys, KERNEL, STRIDE, WIDTH)
+        read = (key[:, None] >= first[None, :]) & (key[:, None] < end[None, :])
+        weight = tl.where(read, weight, 0.0)
         grad = load_query(GRAD + row * DV, rows, offset * DV, there, 0, DV, DVP)
         dv = tl.dot(weight.to(grad.dtype), grad, dv, input_precision="ieee")
         change = tl.dot(v, tl.trans(grad), input_precision="ieee")
@@ -182,35 +165,18 @@ def nsa_interval_gradient_key(
     dk0 = tl.zeros([BN, DK0], tl.float32)
     dk1 = tl.zeros([BN, DK1 if DK1 > 0 else 16], tl.float32)
     dv = tl.zeros([BN, DVP], tl.float32)
-    if POSITION is not None:
-        low = start * 0
-        high = low + S
-        full = high
-        done = high
-    else:
+    low = start * 0
+    high = low + S
+    if POSITION is None:
         low = tl.maximum(start * STRIDE + KERNEL - 1 - FIRST, 0)
-        full = tl.maximum((start + BN - 1) * STRIDE + KERNEL - 1 - FIRST, 0)
-        high = low * 0 + S
-        done = high
         if WIDTH > 0:
             high = tl.minimum((start + BN - 1 + WIDTH) * STRIDE + KERNEL - 1 - FIRST, S)
-            done = tl.minimum((start + WIDTH) * STRIDE + KERNEL - 1 - FIRST, S)
-    part = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), SPLITS), TOKENS) * TOKENS
-    low = low + split * part
-    high = tl.minimum(low + part, high)
-    full = tl.minimum(low + tl.cdiv(tl.maximum(full - low, 0), TOKENS) * TOKENS, high)  # full .. done need no mask
-    done = tl.maximum(full + tl.maximum(tl.minimum(done, high) - full, 0) // TOKENS * TOKENS, full)
+    part = tl.cdiv(tl.maximum(high - low, 0), SPLITS)
+    low += split * part
     dk0, dk1, dv = walk_queries(
-        k0, k1, v, dk0, dk1, dv, low, full, key, Q, GRAD, LSE, DELTA, FIRST, POSITION, b, g, S, G, keys, scale2,
-        spb, sps, sqb, sqs, sqg, sqh, H, HP, DK, DK0, DK1, DV, DVP, KERNEL, STRIDE, WIDTH, TOKENS, True,
-    )  # fmt: skip
-    dk0, dk1, dv = walk_queries(
-        k0, k1, v, dk0, dk1, dv, full, done, key, Q, GRAD, LSE, DELTA, FIRST, POSITION, b, g, S, G, keys, scale2,
-        spb, sps, sqb, sqs, sqg, sqh, H, HP, DK, DK0, DK1, DV, DVP, KERNEL, STRIDE, WIDTH, TOKENS, False,
-    )  # fmt: skip
-    dk0, dk1, dv = walk_queries(
-        k0, k1, v, dk0, dk1, dv, done, high, key, Q, GRAD, LSE, DELTA, FIRST, POSITION, b, g, S, G, keys, scale2,
-        spb, sps, sqb, sqs, sqg, sqh, H, HP, DK, DK0, DK1, DV, DVP, KERNEL, STRIDE, WIDTH, TOKENS, True,
+        k0, k1, v, dk0, dk1, dv, low, tl.minimum(low + part, high), key, Q, GRAD, LSE, DELTA, FIRST, POSITION, b, g,
+        S, G, keys, scale2, spb, sps, sqb, sqs, sqg, sqh,
+        H, HP, DK, DK0, DK1, DV, DVP, KERNEL, STRIDE, WIDTH, TOKENS,
     )  # fmt: skip
     batches = tl.num_programs(0) // (G * SPLITS * tiles)
     row = ((split * batches + b).to(tl.int64) * G + g) * T + key

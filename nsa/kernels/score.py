@@ -43,6 +43,12 @@ def sum_type(tensor):
     return tl.float64 if tensor.dtype == tl.float64 else tl.float32
 
 
+@triton.constexpr_function
+def shared_strides(start, kernel_size, stride, block_size):
+    """Strides that a token which starts at ``start`` of a block shares with it."""
+    return (min(start + kernel_size, block_size) - max(start, 0)) // stride
+
+
 @triton.jit
 def log_sums(
     K0, K1, q0, q1, b, g, end, skb, skg, skt, SCALE2: tl.constexpr, M: tl.constexpr,
@@ -135,9 +141,8 @@ def nsa_rank_blocks(
     score = tl.zeros([NB], SUMS.dtype.element_ty)
     for place in tl.static_range(BEFORE + RATIO):
         token = block * RATIO + (place - BEFORE)
-        overlap: tl.constexpr = min((place - BEFORE) * STRIDE + KERNEL, SIZE) - max((place - BEFORE) * STRIDE, 0)
         part = tl.load(row + token, mask=(token >= 0) & (token < end), other=0.0)
-        score += part * (overlap // STRIDE)
+        score += part * shared_strides((place - BEFORE) * STRIDE, KERNEL, STRIDE, SIZE)
     own = position // SIZE
     rank = (score.to(tl.float64).to(tl.int64, bitcast=True) + (1 << (INDEX_BITS - 1))) >> INDEX_BITS
     rank = tl.where(block == own - 1, FORCED + 1, rank)
