@@ -1,11 +1,12 @@
 """Leaf. Compressed attention by plain causal attention: queries that read the same tokens become entries of a batch.
 
-The d queries from i*d + l - 1 on read the tokens 0 .. i. Query r of each stride, for all strides, is a causal problem of
-its own over the same tokens: d problems, which a batch of strided views holds without copying a query.
+The d queries from i*d + l - 1 on read the tokens 0 .. i. Query r of each stride, for all strides, is a causal problem
+of its own over the same tokens: d problems, which a batch of strided views holds without copying a query.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -25,35 +26,29 @@ def by_residues(
     first_position: int,
     kernel_size: int,
     kernel_stride: int,
-    logsum: Tensor | None = None,
-) -> Tensor:
+    sums: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """query (B, S, G, h, Dk) at positions ``first_position`` .., key (B, G, N, Dk), value (B, G, N, Dv) ->
-    (B, S, G, h, Dv), zeros where no compressed token exists.
-
-    ``logsum`` (B, S, G, h) float32 is filled with the log-sum-exp to base 2 if given, +inf where no token exists.
+    (B, S, G, h, Dv), zeros where no compressed token exists; and, if ``sums``, log-sum-exps as ``selection.LogSums``.
     """
     queries = query.shape[1]
     cuts = _cuts(queries, first_position, kernel_size, kernel_stride)
-    pieces = query.split([count for count, _, _ in cuts], 1)
+    pieces = torch.split(query, [count for count, _, _ in cuts], 1)
     key, value = key.transpose(1, 2), value.transpose(1, 2)
-    parts, sums = [], []
+    parts, found = [], []
     for piece, (count, steps, tokens) in zip(pieces, cuts, strict=True):
         if not count:
             continue
         if not tokens:
-            parts.append(value.new_zeros(*piece.shape[:4], value.shape[3]))
-            sums.append(piece.new_full(piece.shape[:4], float("inf"), dtype=torch.float32))
+            out = value.new_zeros(*piece.shape[:4], value.shape[3])
+            logsum = piece.new_full(piece.shape[:4], float("inf"), dtype=torch.float32)
         elif steps:
-            out, found = _strides(piece, key[:, :tokens], value[:, :tokens], steps, attend)
-            parts.append(out)
-            sums.append(found)
+            out, logsum = _strides(piece, key[:, :tokens], value[:, :tokens], steps, attend)
         else:
-            out, found = _rows(piece, key[:, :tokens], value[:, :tokens], attend)
-            parts.append(out)
-            sums.append(found)
-    if logsum is not None:
-        torch.mul(torch.cat(sums, 1), 1.4426950408889634, out=logsum)
-    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+            out, logsum = _rows(piece, key[:, :tokens], value[:, :tokens], attend)
+        parts.append(out)
+        found.append(logsum)
+    return torch.cat(parts, 1), torch.cat(found, 1).detach() * math.log2(math.e) if sums else None
 
 
 def _cuts(queries: int, first: int, size: int, stride: int) -> list[tuple[int, int, int]]:
@@ -89,7 +84,7 @@ def _strides(query: Tensor, key: Tensor, value: Tensor, steps: int, attend: Atte
 
 def _rows(query: Tensor, key: Tensor, value: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
     """Rows that all read all keys: queries and heads of a group are queries of one head."""
-    batch, queries, groups, heads, _ = query.shape
+    queries, heads = query.shape[1], query.shape[3]
     out, logsum = attend(query.transpose(2, 3).flatten(1, 2), key, value, False)
     out = torch.unflatten(out, 1, (queries, heads)).transpose(2, 3)
     return out, torch.unflatten(logsum, 2, (queries, heads)).permute(0, 2, 1, 3)

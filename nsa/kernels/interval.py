@@ -1,9 +1,9 @@
 """Attention of rows whose keys are one interval: the window, and compressed tokens under their causal staircase.
 
 The query at position t reads keys [end - width, end), end = (t + 1 - kernel_size) // kernel_stride + 1, cut to what
-exists; width 0 = from key 0. A window is kernel_size = kernel_stride = 1. One program per tile of neighbouring tokens and
-group: the heads of a group stand below one another as rows, so that a tile of few tokens fills the tensor cores and
-walks hardly more keys than one token does. Without a width, tiles of keys that every row reads need no mask.
+exists; width 0 = from key 0. A window is kernel_size = kernel_stride = 1. One program per tile of neighbouring tokens
+and group: the heads of a group stand below one another as rows, so that a tile of few tokens fills the tensor cores
+and walks hardly more keys than one token does. Without a width, tiles of keys that every row reads need no mask.
 """
 
 from __future__ import annotations

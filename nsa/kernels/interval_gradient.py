@@ -149,7 +149,7 @@ def nsa_interval_gradient_key(
     DVP: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr,
     BN: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (key tiles * SPLITS * B * G,), first (longest) tiles first: into DKEY (SPLITS, B, G, T, DK), DVALUE alike."""
+    """Grid (key tiles * SPLITS * B * G,), longest tiles first: into DKEY (SPLITS, B, G, T, DK), DVALUE alike."""
     pid = tl.program_id(0)
     g = pid % G
     split = (pid // G) % SPLITS
@@ -203,13 +203,13 @@ def backward(
     logsum: Tensor,
     grad: Tensor,
     *,
-    query_tokens: ParameterValue,
-    query_keys: ParameterValue,
-    key_tokens: ParameterValue,
-    key_keys: ParameterValue,
-    splits: ParameterValue,
-    backward_warps: ParameterValue,
-    backward_stages: ParameterValue,
+    query_tokens: ParameterValue = 4,
+    query_keys: ParameterValue = 32,
+    key_tokens: ParameterValue = 4,
+    key_keys: ParameterValue = 32,
+    splits: ParameterValue = 0,
+    backward_warps: ParameterValue = 4,
+    backward_stages: ParameterValue = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; ``out`` (B, S, G, h, Dv) and ``logsum`` (B, S, G, h) are the forward's.
 

@@ -1,8 +1,8 @@
 """Scoring and top-k, fused: compressed probabilities summed over a group's heads, then blocks ranked, chunk by chunk.
 
-``nsa_score_tokens`` takes the log-sum-exp of the compressed attention, or finds it, and leaves for each row the sum over
-heads of every compressed token's probability. ``nsa_rank_blocks`` folds them into block scores and picks the best by the
-rules of ``nsa.scoring``. Only a chunk of queries x compressed tokens is ever held. Neither is differentiated.
+``nsa_score_tokens`` takes the log-sum-exp of the compressed attention, or finds it, and leaves for each row the sum
+over heads of every compressed token's probability. ``nsa_rank_blocks`` folds them into block scores and picks the best
+by the rules of ``nsa.scoring``. Only a chunk of queries x compressed tokens is ever held. Neither is differentiated.
 """
 
 from __future__ import annotations
@@ -161,6 +161,18 @@ def nsa_rank_blocks(
     tl.store(target + slots, -1, mask=(slots < TOPK) & (slots >= tl.max(count, 0)))
 
 
+def tiles(heads: int, width: int, wide: bool) -> dict[str, ParameterValue]:
+    """Tile and launch for groups of ``heads`` of head dim ``width``; ``wide``: scores are float64."""
+    rows = 64 if wide else 256 if width <= 128 else 128
+    return {
+        "tokens": max(1, rows // power_of_two(heads)),
+        "keys": 32 if wide else 64,
+        "warps": 4 if wide else 8,
+        "stages": 1 if wide else 2,
+        "loads": "pointer",
+    }
+
+
 def choose(
     query: Tensor,
     key: Tensor,
@@ -187,7 +199,7 @@ def choose(
     """
     if scale < 0:
         query, scale = -query, -scale
-    batch, queries, groups, heads, _ = unit_last(query, "query").shape
+    batch, queries, groups = unit_last(query, "query").shape[:3]
     constants = sizes(query, unit_last(key, "key"))
     del constants["DV"], constants["DVP"]
     tile = least_tokens(int(tokens), constants["HP"])
