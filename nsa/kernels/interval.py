@@ -68,6 +68,23 @@ def key_bounds(position, keys, KERNEL: tl.constexpr, STRIDE: tl.constexpr, WIDTH
 
 
 @triton.jit
+def tile_bounds(
+    position, FIRST, POSITION, start, last, keys, KERNEL: tl.constexpr, STRIDE: tl.constexpr, WIDTH: tl.constexpr
+):
+    """(first key of any row, first that not every row reads, end) of a tile whose rows are at ``position``, queries
+    ``start`` .. ``last``. Scalar arithmetic where positions are, so that loops over keys stay uniform."""
+    if POSITION is None:
+        begin, whole = key_bounds(FIRST + start, keys, KERNEL, STRIDE, WIDTH)
+        _, stop = key_bounds(FIRST + last, keys, KERNEL, STRIDE, WIDTH)
+    else:
+        first, end = key_bounds(position, keys, KERNEL, STRIDE, WIDTH)
+        begin = tl.min(first, 0)
+        whole = tl.min(end, 0)
+        stop = tl.max(end, 0)
+    return begin, whole, stop
+
+
+@triton.jit
 def walk(
     q0, q1, out, top, total, begin, stop, first, end, K0, K1, V, b, g, there, scale2,
     skb, skg, skt, svb, svg, svt,
@@ -118,8 +135,9 @@ def nsa_interval_forward(
     columns = tl.arange(0, DVP)
     position = row_positions(FIRST, POSITION, b, tl.minimum(tile * TOKENS + member, S - 1), spb, sps)
     first, end = key_bounds(position, keys, KERNEL, STRIDE, WIDTH)
-    begin = tl.min(first, 0)
-    stop = tl.max(end, 0)
+    start = tile * TOKENS
+    last = tl.minimum(start + TOKENS, S) - 1
+    begin, whole, stop = tile_bounds(position, FIRST, POSITION, start, last, keys, KERNEL, STRIDE, WIDTH)
     there = (tile * TOKENS + member < S) & (head < H)
     base = Q + b.to(tl.int64) * sqb + g.to(tl.int64) * sqg + (tile * TOKENS).to(tl.int64) * sqs
     q0 = load_query(base, rows, member * sqs + head * sqh, there, 0, DK, DK0)
@@ -131,7 +149,7 @@ def nsa_interval_forward(
     out = tl.zeros([M, DVP], tl.float32)
     middle = begin
     if WIDTH == 0:
-        middle = tl.min(end, 0) // BN * BN  # every row reads every key before it
+        middle = whole // BN * BN
         out, top, total = walk(
             q0, q1, out, top, total, begin, middle, first, end, K0, K1, V, b, g, stop, scale2,
             skb, skg, skt, svb, svg, svt, DK, DK0, DK1, DV, DVP, BN, DESCRIPTOR, False,
@@ -179,6 +197,7 @@ def forward(
     warps: ParameterValue,
     stages: ParameterValue,
     loads: ParameterValue,
+    registers: ParameterValue,
 ) -> Tensor:
     """Output (B, S, G, h, Dv); fills ``logsum`` (B, S, G, h) float32, base 2, if given. ``scale`` is positive.
 
@@ -195,9 +214,16 @@ def forward(
         query, *sources, out, logsum, first, positions, queries, there, groups, scale * LOG2E,
         *position_strides, *query.stride()[:4], *key.stride()[:3], *value.stride()[:3],
         **constants, **interval.constants, TOKENS=tile, BN=int(keys), DESCRIPTOR=loads == "descriptor",
-        num_warps=int(warps), num_stages=int(stages),
+        **launch_options(warps, stages, registers),
     )  # fmt: skip
     return out
+
+
+def launch_options(warps: ParameterValue, stages: ParameterValue, registers: ParameterValue) -> dict[str, int]:
+    """Launch options; ``registers`` 0 = as many as the compiler wants, else at most so many per thread, so that more
+    programs fit a processor."""
+    options = {"num_warps": int(warps), "num_stages": int(stages)}
+    return {**options, "maxnreg": int(registers)} if registers else options
 
 
 def least_tokens(tokens: int, heads: int) -> int:

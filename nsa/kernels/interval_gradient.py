@@ -15,7 +15,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..trace import ParameterValue
-from .interval import Interval, existing_keys, forward, key_bounds, least_tokens, row_positions, sizes
+from .interval import (
+    Interval,
+    existing_keys,
+    forward,
+    key_bounds,
+    launch_options,
+    least_tokens,
+    row_positions,
+    sizes,
+    tile_bounds,
+)
 from .layout import LOG2E, load_query, load_rows, unit_last
 
 PROGRAMS = 1024
@@ -70,8 +80,9 @@ def nsa_interval_gradient_query(
     head = rows % HP
     position = row_positions(FIRST, POSITION, b, tl.minimum(tile * TOKENS + member, S - 1), spb, sps)
     first, end = key_bounds(position, keys, KERNEL, STRIDE, WIDTH)
-    begin = tl.min(first, 0)
-    stop = tl.max(end, 0)
+    start = tile * TOKENS
+    last = tl.minimum(start + TOKENS, S) - 1
+    begin, _, stop = tile_bounds(position, FIRST, POSITION, start, last, keys, KERNEL, STRIDE, WIDTH)
     there = (tile * TOKENS + member < S) & (head < H)
     base = Q + b.to(tl.int64) * sqb + g.to(tl.int64) * sqg + (tile * TOKENS).to(tl.int64) * sqs
     q0 = load_query(base, rows, member * sqs + head * sqh, there, 0, DK, DK0)
@@ -210,6 +221,7 @@ def backward(
     splits: ParameterValue = 0,
     backward_warps: ParameterValue = 4,
     backward_stages: ParameterValue = 1,
+    backward_registers: ParameterValue = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; ``out`` (B, S, G, h, Dv) and ``logsum`` (B, S, G, h) are the forward's.
 
@@ -224,7 +236,7 @@ def backward(
     query_grad = torch.empty(query.shape, dtype=query.dtype, device=device)
     first, positions, *position_strides = interval.arguments
     strides = (*query.stride()[:4], *unit_last(key, "key").stride()[:3], *unit_last(value, "value").stride()[:3])
-    launch = {"num_warps": int(backward_warps), "num_stages": int(backward_stages)}
+    launch = launch_options(backward_warps, backward_stages, backward_registers)
     tile = least_tokens(int(query_tokens), constants["HP"])
     nsa_interval_gradient_query[(batch * groups * triton.cdiv(queries, tile),)](
         query, key, value, out, grad, logsum, delta, query_grad, first, positions, queries, keys, groups, scale,

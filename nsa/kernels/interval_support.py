@@ -16,8 +16,8 @@ KEY_GRADIENT = r"^nsa_interval_gradient_key$"
 
 
 def ladders(path: str, problem: SelectionProblem, device: torch.device) -> list[Ladder]:
-    """``tokens`` and ``keys`` of the forward's tile, its ``warps``, ``stages`` and ``loads``; in mode train the tiles
-    of the backward's two kernels, ``splits`` of a key tile's queries (0 = enough to fill a GPU), and their launch."""
+    """``tokens`` and ``keys`` of the forward's tile, its ``warps``, ``stages``, ``loads`` and
+    ``registers``; in mode train the tiles of the backward's two kernels, ``splits`` of a key tile's queries (0 = enough to fill a GPU), and their launch."""
     wide = problem.dtype == "float32"
     descriptor = loads_reason(path, "descriptor", problem, device) is None
     heads = padded(problem.h)
@@ -32,6 +32,7 @@ def ladders(path: str, problem: SelectionProblem, device: torch.device) -> list[
         {"name": "warps", "ladder": (4, 8), "default": 4 if wide else 8},
         {"name": "stages", "ladder": (1, 2, 3), "default": 1 if wide else 3},
         {"name": "loads", "ladder": ("pointer", "descriptor") if descriptor else ("pointer",), "default": "pointer"},
+        {"name": "registers", "ladder": (0, 128), "default": 0},
     ]
     if problem.mode != "train":
         return forward
@@ -44,6 +45,7 @@ def ladders(path: str, problem: SelectionProblem, device: torch.device) -> list[
         {"name": "splits", "ladder": (0, 1, 2, 4, 8, 16), "default": 0},
         {"name": "backward_warps", "ladder": (4, 8), "default": 4 if wide else 8},
         {"name": "backward_stages", "ladder": (1, 2), "default": 1 if wide else 2},
+        {"name": "backward_registers", "ladder": (0, 128), "default": 0},
     ]
 
 

@@ -48,6 +48,7 @@ def run(
     warps: ParameterValue = 4,
     stages: ParameterValue = 2,
     loads: ParameterValue = "pointer",
+    registers: ParameterValue = 0,
     **backward: ParameterValue,
 ) -> Tensor:
     """Compressed attention: key (B, G, N, Dk), value (B, G, N, Dv), else shapes as in ``nsa.problem``."""
@@ -56,7 +57,10 @@ def run(
 
     given = selection.structured("compression")
     interval = Interval(given.kernel_size, given.kernel_stride, first_position=given.first_position)
-    forward = {"tokens": tokens, "keys": keys, "warps": warps, "stages": stages, "loads": loads}
+    forward = {
+        **{"tokens": tokens, "keys": keys, "warps": warps, "stages": stages},
+        **{"loads": loads, "registers": registers},
+    }
     out, logsum = attention(query, key, value, interval, scale, forward, backward)
     if selection.sums is not None:
         selection.sums.tensor = logsum

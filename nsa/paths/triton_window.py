@@ -48,6 +48,7 @@ def run(
     warps: ParameterValue = 4,
     stages: ParameterValue = 2,
     loads: ParameterValue = "pointer",
+    registers: ParameterValue = 0,
     **backward: ParameterValue,
 ) -> Tensor:
     """Window attention shapes as in ``nsa.problem``."""
@@ -56,7 +57,10 @@ def run(
 
     given = selection.structured("window")
     interval = Interval(width=given.window, first_position=given.first_position)
-    forward = {"tokens": tokens, "keys": keys, "warps": warps, "stages": stages, "loads": loads}
+    forward = {
+        **{"tokens": tokens, "keys": keys, "warps": warps, "stages": stages},
+        **{"loads": loads, "registers": registers},
+    }
     out, _ = attention(query, key, value, interval, scale, forward, backward)
     executed("window", NAME, {**forward, **backward})
     return out
