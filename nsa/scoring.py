@@ -86,7 +86,7 @@ def choose_blocks(
             index_bits=INDEX_BITS,
             forced=FORCED,
             wide=wide,
-            **score.tiles(query.shape[3], query.shape[4], wide),
+            **score.tiles(query, compressed_key, wide),
         )
     batch, queries, groups, heads, _ = query.shape
     blocks = -(-context_length // block_size)

@@ -191,15 +191,17 @@ def nsa_rank_blocks(
     tl.store(target + slots, -1, mask=(slots < TOPK) & (slots >= tl.max(count, 0)))
 
 
-def tiles(heads: int, width: int, wide: bool) -> dict[str, ParameterValue]:
-    """Tile and launch for groups of ``heads`` of head dim ``width``; ``wide``: scores are float64."""
-    rows = 64 if wide else 256 if width <= 128 else 128
+def tiles(query: Tensor, key: Tensor, wide: bool) -> dict[str, ParameterValue]:
+    """Tile and launch for query (B, S, G, h, Dk) and key (B, G, N, Dk); ``wide``: scores are float64."""
+    rows = 64 if wide else 128
+    aligned = all(stride * key.element_size() % 16 == 0 for stride in key.stride()[:3]) and key.data_ptr() % 16 == 0
+    modern = key.is_cuda and torch.cuda.get_device_capability(key.device) >= (9, 0)
     return {
-        "tokens": max(1, rows // power_of_two(heads)),
+        "tokens": max(1, rows // power_of_two(query.shape[3])),
         "keys": 32 if wide else 64,
-        "warps": 4 if wide else 8,
+        "warps": 4,
         "stages": 1 if wide else 2,
-        "loads": "pointer",
+        "loads": "descriptor" if aligned and modern and not wide else "pointer",
         "registers": 0,
     }
 
