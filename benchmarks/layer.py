@@ -4,8 +4,8 @@ For each context and mode (prefill; train: forward and backward) the branches ar
 on spot rows, then timed, each alone and all together, in rounds of fresh random order, L2 flushed before every sample.
 Dense is cuDNN's SDPA and flash-attn, where they can run. One JSON line per figure goes to DIR/layer.jsonl; times are
 milliseconds, memory is the allocator's peak above the inputs, per token. Dispatch chooses the paths, unless
-``--route window=triton_window:tokens=4,keys=64`` names one and its parameters. Queries walk, so that neighbouring tokens
-agree as in the sweeps' ``scored`` pattern.
+``--route window=triton_window:tokens=4,keys=64`` names one and its parameters. Queries walk, so that neighbouring
+tokens agree as in the sweeps' ``scored`` pattern.
 """
 
 from __future__ import annotations
@@ -261,8 +261,8 @@ def measure(layer: Layer, mode: str, options: argparse.Namespace, say: Callable[
     medians = {name: statistics.median(times) for name, times in samples.items()}
     dense = min(value for name, value in medians.items() if name.startswith("dense"))
     for name, times in samples.items():
-        say(kind="time", mode=mode, name=name, median_ms=round(medians[name], 4), samples_ms=[round(x, 4) for x in times],
-            dense_ratio=round(dense / medians[name], 3), peak_bytes=peaks[name],
+        say(kind="time", mode=mode, name=name, median_ms=round(medians[name], 4),
+            samples_ms=[round(x, 4) for x in times], dense_ratio=round(dense / medians[name], 3), peak_bytes=peaks[name],
             bytes_per_token=peaks[name] // layer.context, executed=executed[name])  # fmt: skip
 
 

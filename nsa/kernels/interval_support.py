@@ -16,8 +16,8 @@ KEY_GRADIENT = r"^nsa_interval_gradient_key$"
 
 
 def ladders(path: str, problem: SelectionProblem, device: torch.device) -> list[Ladder]:
-    """``tokens`` and ``keys`` of the forward's tile, its ``warps``, ``stages``, ``loads`` and the most ``registers`` of a
-    thread (0 = as many as the compiler wants); in mode train the same of the backward's two kernels, and the
+    """``tokens`` and ``keys`` of the forward's tile, its ``warps``, ``stages``, ``loads`` and the most ``registers`` of
+    a thread (0 = as many as the compiler wants); in mode train the same of the backward's two kernels, and the
     ``splits`` of a key tile's queries (0 = enough to fill a GPU)."""
     wide = problem.dtype == "float32"
     descriptor = loads_reason(path, "descriptor", problem, device) is None
