@@ -262,8 +262,8 @@ def measure(layer: Layer, mode: str, options: argparse.Namespace, say: Callable[
     dense = min(value for name, value in medians.items() if name.startswith("dense"))
     for name, times in samples.items():
         say(kind="time", mode=mode, name=name, median_ms=round(medians[name], 4),
-            samples_ms=[round(x, 4) for x in times], dense_ratio=round(dense / medians[name], 3), peak_bytes=peaks[name],
-            bytes_per_token=peaks[name] // layer.context, executed=executed[name])  # fmt: skip
+            samples_ms=[round(x, 4) for x in times], dense_ratio=round(dense / medians[name], 3),
+            peak_bytes=peaks[name], bytes_per_token=peaks[name] // layer.context, executed=executed[name])  # fmt: skip
 
 
 def route(text: str) -> tuple[str, dict[str, object]]:
