@@ -42,7 +42,7 @@ SPOTS = 48
 class Layer:
     """One context's tensors and the layer's steps over them. Queries (1, S, G, h, D); keys and values per branch."""
 
-    def __init__(self, context: int, options: argparse.Namespace) -> None:
+    def __init__(self, context: int, mode: str, options: argparse.Namespace) -> None:
         self.context, self.routes, self.device = context, options.route, options.device
         heads, groups, width = options.heads, options.groups, options.width
         generator = torch.Generator(self.device).manual_seed(context)
@@ -63,15 +63,11 @@ class Layer:
         self.leaves = [self.query, self.gates, *self.keys.values(), *self.values.values()]
         with torch.no_grad():
             self.compressed = self.compressor(self.keys["compression"]), self.compressor(self.values["compression"])
-            self.sums = LogSums()
-            self.compression()
-            self.blocks = self.choose()
-        self.compressed_leaves = list(self.compressed)
-
-    def track(self, wanted: bool) -> None:
-        """Whether the inputs want gradients."""
-        for leaf in (*self.leaves, *self.compressed_leaves):
-            leaf.requires_grad_(wanted).grad = None
+        self.leaves += self.compressed
+        for leaf in self.leaves:
+            leaf.requires_grad_(mode == "train")
+        self.compression()
+        self.blocks = self.choose()
 
     def compress(self) -> tuple[Tensor, Tensor]:
         """Raw keys and values to compressed ones."""
@@ -143,7 +139,7 @@ def walked(noise: Tensor) -> Tensor:
     return torch.cat(parts, 1)
 
 
-def check(layer: Layer, say: Callable[..., None]) -> bool:
+def check(layer: Layer, mode: str, say: Callable[..., None]) -> bool:
     """Spot rows of the three branches against the oracle in float64, within the derived bound."""
     spots = sorted({*range(0, layer.context, max(1, layer.context // SPOTS)), layer.context - 1})
     rows = torch.tensor(spots, device=layer.device)
@@ -174,14 +170,14 @@ def check(layer: Layer, say: Callable[..., None]) -> bool:
             chosen = Selection.from_blocks(given, block_size=BLOCK, **options)
         else:
             chosen = Selection.from_ranges(given, **options)
-        call = (layer.query[:, rows], key, value, chosen)
+        call = (layer.query[:, rows].detach(), key.detach(), value.detach(), chosen)
         exact = oracle(*call, scale=layer.query.shape[4] ** -0.5, workspace=None)
         name_of_dtype = str(value.dtype).removeprefix("torch.")
         eager = oracle(*call, scale=layer.query.shape[4] ** -0.5, workspace=None, compute_dtype=name_of_dtype)
-        error = float((found[:, rows].double() - exact).abs().max())
+        error = float((found[:, rows].detach().double() - exact).abs().max())
         eps = torch.finfo(value.dtype).eps
-        bound = max(2 * float((eager.double() - exact).abs().max()), 4 * eps * float(value.abs().max()))
-        say(kind="check", operation=name, error=error, bound=bound, ok=error <= bound)
+        bound = max(2 * float((eager.double() - exact).abs().max()), 4 * eps * float(value.detach().abs().max()))
+        say(kind="check", mode=mode, operation=name, error=error, bound=bound, ok=error <= bound)
         right = right and error <= bound
     return right
 
@@ -207,7 +203,7 @@ def steps(layer: Layer, train: bool) -> dict[str, Callable[[], object]]:
 
     def both(run: Callable[[], object]) -> Callable[[], object]:
         def call() -> None:
-            for leaf in (*layer.leaves, *layer.compressed_leaves):
+            for leaf in layer.leaves:
                 leaf.grad = None
             out = run()
             outs = out if isinstance(out, tuple) else (out,)
@@ -239,25 +235,25 @@ def sample(run: Callable[[], object], scratch: Tensor) -> float:
 def measure(layer: Layer, mode: str, options: argparse.Namespace, say: Callable[..., None]) -> None:
     """All steps of one mode."""
     cuda = layer.device == "cuda"
-    layer.track(mode == "train")
     parts = steps(layer, mode == "train")
     scratch = torch.empty(2**26 if cuda else 1, dtype=torch.int32, device=layer.device)
-    with torch.set_grad_enabled(mode == "train"):
-        peaks, samples, executed = {}, {name: [] for name in parts}, {}
-        for name, run in parts.items():
+    peaks, samples, executed = {}, {name: [] for name in parts}, {}
+    for name, run in parts.items():
+        run()
+        for leaf in layer.leaves:
+            leaf.grad = None
+        before = torch.cuda.memory_allocated() if cuda else 0
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        with record_paths() as seen:
             run()
-            before = torch.cuda.memory_allocated() if cuda else 0
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
-            with record_paths() as seen:
-                run()
-            executed[name] = [f"{one.path} {one.parameters}" for one in seen.executed]
-            peaks[name] = torch.cuda.max_memory_allocated() - before if cuda else 0
-        for turn in range(options.rounds):
-            order = list(parts)
-            random.Random(turn).shuffle(order)
-            for name in order:
-                samples[name].append(sample(parts[name], scratch))
+        executed[name] = [f"{one.path} {one.parameters}" for one in seen.executed]
+        peaks[name] = torch.cuda.max_memory_allocated() - before if cuda else 0
+    for turn in range(options.rounds):
+        order = list(parts)
+        random.Random(turn).shuffle(order)
+        for name in order:
+            samples[name].append(sample(parts[name], scratch))
     medians = {name: statistics.median(times) for name, times in samples.items()}
     dense = min(value for name, value in medians.items() if name.startswith("dense"))
     for name, times in samples.items():
@@ -301,11 +297,12 @@ def main() -> None:
                     line if fields["kind"] == "check" else json.dumps({**json.loads(line), "samples_ms": 0}), flush=True
                 )
 
-            layer = Layer(context, options)
-            with torch.no_grad():
-                right = check(layer, say)
-            for mode in options.modes if right else []:
-                measure(layer, mode, options, say)
+            for mode in options.modes:
+                with torch.set_grad_enabled(mode == "train"):
+                    layer = Layer(context, mode, options)
+                    if check(layer, mode, say):
+                        measure(layer, mode, options, say)
+                    del layer
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ def ladders(path: str, problem: SelectionProblem, device: torch.device) -> list[
     ``splits`` of a key tile's queries (0 = enough to fill a GPU)."""
     wide = problem.dtype == "float32"
     descriptor = loads_reason(path, "descriptor", problem, device) is None
+    large = max(problem.Dk, problem.Dv) > 128
     heads = padded(problem.h)
     tiles = tuple(size for size in (1, 2, 4, 8, 16, 32, 64) if 16 <= size * heads <= 256) or (1,)
 
@@ -31,20 +32,20 @@ def ladders(path: str, problem: SelectionProblem, device: torch.device) -> list[
         {"name": "tokens", "ladder": tiles, "default": near(32 if wide else 128)},
         {"name": "keys", "ladder": (32, 64, 128), "default": 32 if wide else 64},
         {"name": "warps", "ladder": (4, 8), "default": 4 if wide else 8},
-        {"name": "stages", "ladder": (1, 2, 3), "default": 1 if wide else 3},
+        {"name": "stages", "ladder": (1, 2, 3), "default": 1 if wide else 2},
         {"name": "loads", "ladder": ("pointer", "descriptor") if descriptor else ("pointer",), "default": "pointer"},
-        {"name": "registers", "ladder": (0, 128), "default": 0},
+        {"name": "registers", "ladder": (0, 128), "default": 0 if wide or large else 128},
     ]
     if problem.mode != "train":
         return forward
     return [
         *forward,
-        {"name": "query_tokens", "ladder": tiles, "default": near(32 if wide else 128)},
+        {"name": "query_tokens", "ladder": tiles, "default": near(32 if wide else 64)},
         {"name": "query_keys", "ladder": (32, 64, 128), "default": 32 if wide else 64},
         {"name": "key_tokens", "ladder": tiles, "default": near(32 if wide else 64)},
         {"name": "key_keys", "ladder": (32, 64, 128), "default": 32 if wide else 64},
         {"name": "splits", "ladder": (0, 1, 2, 4, 8, 16), "default": 0},
-        {"name": "backward_warps", "ladder": (4, 8), "default": 4 if wide else 8},
+        {"name": "backward_warps", "ladder": (4, 8), "default": 4},
         {"name": "backward_stages", "ladder": (1, 2), "default": 1 if wide else 2},
         {"name": "backward_registers", "ladder": (0, 128), "default": 0},
     ]
