@@ -14,6 +14,7 @@ scores that agree to 32 mantissa bits (2.3e-10) count as tied, which keeps ties 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from typing import Literal
@@ -63,31 +64,28 @@ def choose_blocks(
     ``selection.LogSums`` has them; saves finding them where scores are float32. ``route``: auto = triton where it can
     run on a GPU. Raises ArgumentError, and UnsupportedPathError where ``triton`` is asked for and cannot run.
     """
-    _check_sizes(query, compressed_key, context_length, kernel_size, kernel_stride, block_size, topk, positions)
-    reason = fused_reason(query)
-    if route == "triton" and reason is not None:
-        raise UnsupportedPathError(reason)
-    if route == "triton" or (route == "auto" and reason is None and query.device.type == "cuda"):
-        from .kernels import score  # Triton, loaded when first run
-        from .kernels.interval import Interval
-
-        tokens = compressed_count(context_length, kernel_size, kernel_stride)
-        wide = scoring_dtype(query.dtype) == torch.float64
-        places = None if positions is None else positions.expand(query.shape[0], -1)
-        return score.choose(
-            query if query.stride(-1) == 1 else query.contiguous(),
-            compressed_key[:, :, :tokens],
-            Interval(kernel_size, kernel_stride, 0, context_length - query.shape[1], places),
-            None if wide else logsum,
-            query.shape[-1] ** -0.5 if scale is None else scale,
+    sizes = (context_length, kernel_size, kernel_stride, block_size, topk)
+    if torch.compiler.is_compiling() and query.is_cuda:
+        return _beyond_compile(
+            query,
+            compressed_key,
+            context_length=context_length,
+            kernel_size=kernel_size,
+            kernel_stride=kernel_stride,
             block_size=block_size,
             topk=topk,
-            blocks=-(-context_length // block_size),
-            index_bits=INDEX_BITS,
-            forced=FORCED,
-            wide=wide,
-            **score.tiles(query, compressed_key, wide),
+            positions=positions,
+            scale=scale,
+            logsum=logsum,
+            route=route,
         )
+    _check_sizes(query, compressed_key, *sizes, positions)
+    if route == "triton" or (route == "auto" and query.is_cuda):
+        reason = fused_reason(query)
+        if reason is None:
+            return _fused(query, compressed_key, *sizes, positions, scale, logsum)
+        if route == "triton":
+            raise UnsupportedPathError(reason)
     batch, queries, groups, heads, _ = query.shape
     blocks = -(-context_length // block_size)
     tokens = compressed_count(context_length, kernel_size, kernel_stride)
@@ -110,6 +108,45 @@ def choose_blocks(
         )
         parts.append(rank_blocks(scores, places[:, first:end], block_size, topk))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+_beyond_compile: Callable[..., Tensor] = torch.compiler.disable(choose_blocks)  # type: ignore[no-untyped-call]
+"""For torch.compile: one graph break, at a call of which nothing is traced."""
+
+
+def _fused(
+    query: Tensor,
+    compressed_key: Tensor,
+    context_length: int,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    topk: int,
+    positions: Tensor | None,
+    scale: float | None,
+    logsum: Tensor | None,
+) -> Tensor:
+    """``choose_blocks`` by the kernels."""
+    from .kernels import score  # Triton, loaded when first run
+    from .kernels.interval import Interval
+
+    wide = scoring_dtype(query.dtype) == torch.float64
+    places = None if positions is None else positions.expand(query.shape[0], -1)
+    key = compressed_key[:, :, : compressed_count(context_length, kernel_size, kernel_stride)]
+    return score.choose(
+        query if query.stride(-1) == 1 else query.contiguous(),
+        key if key.stride(-1) == 1 else key.contiguous(),
+        Interval(kernel_size, kernel_stride, 0, context_length - query.shape[1], places),
+        None if wide else logsum,
+        query.shape[-1] ** -0.5 if scale is None else scale,
+        block_size=block_size,
+        topk=topk,
+        blocks=-(-context_length // block_size),
+        index_bits=INDEX_BITS,
+        forced=FORCED,
+        wide=wide,
+        **score.tiles(query, key, wide),
+    )
 
 
 def fused_reason(query: Tensor) -> str | None:
