@@ -21,10 +21,11 @@ from .dispatch import selection_attention
 from .dispatch_table import DispatchTable, load_dispatch_table
 from .errors import ArgumentError
 from .flags import Flags, read_flags
+from .mix import mix_branches
 from .problem import compressed_count
 from .rotary import rotate, rotation
 from .scoring import choose_blocks
-from .selection import Selection, blocks_to_ranges_v1
+from .selection import LogSums, Selection, blocks_to_ranges_v1
 from .trace import announce, executed
 from .window import window_attention
 from .workspace import Workspace
@@ -217,6 +218,7 @@ class NSAAttention(nn.Module):
         config, table = self.config, self.dispatch_table
         outs: dict[Branch, Tensor] = {}
         workspace = shared_workspace(query.device) if self.workspace is None else self.workspace
+        sums = LogSums()
         if branch in (None, "compression"):
             outs["compression"] = compressed_attention(
                 query,
@@ -226,11 +228,13 @@ class NSAAttention(nn.Module):
                 kernel_size=config.kernel_size,
                 kernel_stride=config.kernel_stride,
                 flash_attention=self.flags.flash_attention_compression,
+                sums=sums,
                 workspace=workspace,
                 table=table,
             )
         if branch in (None, "selection"):
-            outs["selection"] = self._select(query, keys["selection"], values["selection"], compressed_key)
+            raw = keys["selection"], values["selection"]
+            outs["selection"] = self._select(query, *raw, compressed_key, sums.tensor)
         if branch in (None, "window"):
             outs["window"] = window_attention(
                 query,
@@ -244,14 +248,15 @@ class NSAAttention(nn.Module):
         if branch:
             return cast(Tensor, self.output(outs[branch].flatten(2)))
         compression, selection, window = (outs[name] for name in BRANCHES)
-        mixed = gates[..., 0:1] * compression + gates[..., 1:2] * selection + gates[..., 2:3] * window
-        return cast(Tensor, self.output(mixed.flatten(2)))
+        return cast(Tensor, self.output(mix_branches(gates, compression, selection, window).flatten(2)))
 
     def _check(self, x: Tensor) -> None:
         if x.dim() != 3 or x.shape[2] != self.config.dim or min(x.shape) < 1:
             raise ArgumentError(f"x has shape {tuple(x.shape)}, expected (B, S, {self.config.dim}), B and S at least 1")
 
-    def _select(self, query: Tensor, key: Tensor, value: Tensor, compressed_key: Tensor) -> Tensor:
+    def _select(
+        self, query: Tensor, key: Tensor, value: Tensor, compressed_key: Tensor, logsum: Tensor | None
+    ) -> Tensor:
         config = self.config
         blocks = choose_blocks(
             query,
@@ -261,6 +266,7 @@ class NSAAttention(nn.Module):
             kernel_stride=config.kernel_stride,
             block_size=config.block_size,
             topk=config.topk,
+            logsum=logsum,
         )
         selection = Selection.from_blocks(
             blocks, block_size=config.block_size, context_length=key.shape[2], complete=True

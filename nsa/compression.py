@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from .dispatch import Strict, selection_attention
 from .dispatch_table import DispatchTable
 from .problem import compressed_count
-from .selection import Selection
+from .selection import LogSums, Selection
 from .trace import ParameterValue, announce, executed
 from .workspace import Workspace
 
@@ -98,12 +98,14 @@ def compressed_attention(
     workspace: Workspace | None = None,
     strict: Strict = False,
     table: DispatchTable | None = None,
+    sums: LogSums | None = None,
 ) -> Tensor:
     """Attention of the query at position t over compressed tokens i with i*d + l <= t + 1; zeros where there is none.
 
     query (B, S, G, h, Dk) at positions ``first_position`` ..; compressed key (B, G, N, Dk), value (B, G, N, Dv), N at
     least what exists -> (B, S, G, h, Dv). ``flash_attention``: True takes it wherever it can run, False never, None
-    leaves it to dispatch. The other arguments and errors are those of ``selection_attention``.
+    leaves it to dispatch. ``sums``: filled where the path has log-sum-exps to leave. The other arguments and errors are
+    those of ``selection_attention``.
     """
     batch, queries, groups, heads, _ = query.shape
     if not compressed_count(first_position + queries, kernel_size, kernel_stride):
@@ -111,7 +113,12 @@ def compressed_attention(
         executed("compression", "zeros", {})
         return value.new_zeros(batch, queries, groups, heads, value.shape[-1])
     selection = Selection.compressed(
-        kernel_size, kernel_stride, rows=(batch, queries, groups), first_position=first_position, device=query.device
+        kernel_size,
+        kernel_stride,
+        rows=(batch, queries, groups),
+        first_position=first_position,
+        device=query.device,
+        sums=sums,
     )
     return selection_attention(
         query,

@@ -1,7 +1,8 @@
 """Which blocks each row selects: compressed attention probabilities -> block scores -> forced blocks and top-k.
 
 Reads the compressed keys of ``nsa.compression`` and yields the block indices of a ``Selection``; also used on its own,
-by the tuner's ``scored`` pattern. Nothing here is differentiated. Chunked over queries, so memory is bounded.
+by the tuner's ``scored`` pattern. Nothing here is differentiated. Chunked over queries, so memory is bounded. Two
+routes with one rule: ``torch``, and on a GPU the two kernels of ``kernels.score``.
 
 The choice must not depend on how a context was split into calls, though matrix products of other shapes round
 differently. So float32 and float64 are scored in float64 (the design asks for float32 at least; 16-bit types are scored
@@ -13,11 +14,17 @@ scores that agree to 32 mantissa bits (2.3e-10) count as tied, which keeps ties 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .errors import ArgumentError
+from .errors import ArgumentError, UnsupportedPathError
+from .kernels.support import capability_reason, interpreted
 from .problem import compressed_count
 from .rows import row_chunks
 
@@ -29,6 +36,8 @@ INDEX_BITS = 20
 
 FORCED = 0x7FF0_0000_0000_0000
 """Bits of float64 infinity: above every score."""
+
+Route = Literal["auto", "torch", "triton"]
 
 
 @torch.no_grad()
@@ -43,15 +52,40 @@ def choose_blocks(
     topk: int,
     positions: Tensor | None = None,
     scale: float | None = None,
+    logsum: Tensor | None = None,
+    route: Route = "auto",
 ) -> Tensor:
     """The min(topk, eligible) blocks of each row, ascending, then -1: (B, S, G, topk) int32.
 
     query (B, S, G, h, Dk); compressed_key (B, G, N, Dk), N >= the compressed tokens of the context; ``positions`` (S,)
     or (B, S), None = the last S of the context. Eligible are blocks that start at or before the position. Block 0, the
     row's own and the one before are forced, each once; below topk 3 in this order. Then by score, ties to the lower.
-    No host synchronisation.
+    No host synchronisation. ``logsum``: the compressed attention's log-sum-exps with the same scale, as
+    ``selection.LogSums`` has them; saves finding them where scores are float32. ``route``: auto = triton where it can
+    run on a GPU. Raises ArgumentError, and UnsupportedPathError where ``triton`` is asked for and cannot run.
     """
-    _check_sizes(query, compressed_key, context_length, kernel_size, kernel_stride, block_size, topk, positions)
+    sizes = (context_length, kernel_size, kernel_stride, block_size, topk)
+    if torch.compiler.is_compiling() and query.is_cuda:
+        return _beyond_compile(
+            query,
+            compressed_key,
+            context_length=context_length,
+            kernel_size=kernel_size,
+            kernel_stride=kernel_stride,
+            block_size=block_size,
+            topk=topk,
+            positions=positions,
+            scale=scale,
+            logsum=logsum,
+            route=route,
+        )
+    _check_sizes(query, compressed_key, *sizes, positions)
+    if route == "triton" or (route == "auto" and query.is_cuda):
+        reason = fused_reason(query)
+        if reason is None:
+            return _fused(query, compressed_key, *sizes, positions, scale, logsum)
+        if route == "triton":
+            raise UnsupportedPathError(reason)
     batch, queries, groups, heads, _ = query.shape
     blocks = -(-context_length // block_size)
     tokens = compressed_count(context_length, kernel_size, kernel_stride)
@@ -74,6 +108,62 @@ def choose_blocks(
         )
         parts.append(rank_blocks(scores, places[:, first:end], block_size, topk))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+_beyond_compile: Callable[..., Tensor] = torch.compiler.disable(choose_blocks)  # type: ignore[no-untyped-call]
+"""For torch.compile: one graph break, at a call of which nothing is traced."""
+
+
+def _fused(
+    query: Tensor,
+    compressed_key: Tensor,
+    context_length: int,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    topk: int,
+    positions: Tensor | None,
+    scale: float | None,
+    logsum: Tensor | None,
+) -> Tensor:
+    """``choose_blocks`` by the kernels."""
+    from .kernels import score  # Triton, loaded when first run
+    from .kernels.interval import Interval
+
+    wide = scoring_dtype(query.dtype) == torch.float64
+    places = None if positions is None else positions.expand(query.shape[0], -1)
+    key = compressed_key[:, :, : compressed_count(context_length, kernel_size, kernel_stride)]
+    return score.choose(
+        query if query.stride(-1) == 1 else query.contiguous(),
+        key if key.stride(-1) == 1 else key.contiguous(),
+        Interval(kernel_size, kernel_stride, 0, context_length - query.shape[1], places),
+        None if wide else logsum,
+        query.shape[-1] ** -0.5 if scale is None else scale,
+        block_size=block_size,
+        topk=topk,
+        blocks=-(-context_length // block_size),
+        index_bits=INDEX_BITS,
+        forced=FORCED,
+        wide=wide,
+        **score.tiles(query, key, wide),
+    )
+
+
+def fused_reason(query: Tensor) -> str | None:
+    """Why the route ``triton`` cannot run; None if it can, on a GPU or in Triton's interpreter."""
+    if not triton_there():
+        return "scoring by triton needs the package triton"
+    if query.shape[4] > 256 or query.shape[3] > 64:
+        return f"scoring by triton needs up to 64 heads of head dims up to 256, got {tuple(query.shape[3:])}"
+    if query.device.type == "cuda":
+        return capability_reason("scoring by triton", query.device.index or 0)
+    return None if interpreted() else "scoring by triton needs a CUDA device, or Triton's interpreter on a CPU"
+
+
+@cache
+def triton_there() -> bool:
+    """Whether Triton can be imported, without importing it."""
+    return find_spec("triton") is not None
 
 
 @torch.no_grad()

@@ -43,6 +43,14 @@ class Structure(NamedTuple):
         return compressed_count(self.context, size, stride) if stride else self.context
 
 
+@dataclass(slots=True, eq=False)
+class LogSums:
+    """Where a path of the compressed branch may leave what scoring can use: ``tensor``, the log-sum-exp of each row and
+    head, (B, S, G, h) float32, base 2, +inf where no token exists, without a gradient. None = nothing was left."""
+
+    tensor: Tensor | None = None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Selection:
     """Make it with ``from_blocks``, ``from_ranges``, ``window`` or ``compressed``; fields are what the caller passed.
@@ -140,11 +148,18 @@ class Selection:
 
     @staticmethod
     def compressed(
-        kernel_size: int, kernel_stride: int, *, rows: tuple[int, int, int], first_position: int, device: torch.device
+        kernel_size: int,
+        kernel_stride: int,
+        *,
+        rows: tuple[int, int, int],
+        first_position: int,
+        device: torch.device,
+        sums: LogSums | None = None,
     ) -> Selection:
         """The query at raw position t reads the compressed tokens i with i * kernel_stride + kernel_size <= t + 1.
 
-        ``rows`` (B, S, G) at positions ``first_position`` .. Raises ArgumentError where no compressed token exists.
+        ``rows`` (B, S, G) at positions ``first_position`` ..; paths may fill ``sums``. Raises ArgumentError where no
+        compressed token exists.
         """
         structure = Structure(
             "compression", rows, first_position, device, kernel_size=kernel_size, kernel_stride=kernel_stride
@@ -153,11 +168,16 @@ class Selection:
             raise ArgumentError(f"kernel_size {kernel_size} is no positive multiple of kernel_stride {kernel_stride}")
         if first_position < 0 or structure.keys < 1:
             raise ArgumentError(f"no compressed token exists for positions {first_position} .. {structure.context - 1}")
-        return StructuredSelection(structure)
+        return StructuredSelection(structure, sums)
 
     @property
     def structure(self) -> Structure | None:
         """The integers of a window or compressed selection, else None."""
+        return None
+
+    @property
+    def sums(self) -> LogSums | None:
+        """Where log-sum-exps are wanted, if they are."""
         return None
 
     @property
@@ -288,12 +308,13 @@ _LEFT_OUT = tuple(
 class StructuredSelection(Selection):
     """A window or compressed selection: ``indices``, one range per row, are derived each time somebody asks."""
 
-    __slots__ = ("_structure",)
+    __slots__ = ("_structure", "_sums")
     _structure: Structure
+    _sums: LogSums | None
 
-    def __init__(self, structure: Structure) -> None:
+    def __init__(self, structure: Structure, sums: LogSums | None = None) -> None:
         for name, value in (
-            *(("_structure", structure), ("block_size", 0)),
+            *(("_structure", structure), ("_sums", sums), ("block_size", 0)),
             ("context_length", structure.keys),
         ):
             object.__setattr__(self, name, value)
@@ -304,6 +325,11 @@ class StructuredSelection(Selection):
     def structure(self) -> Structure:
         """Its integers."""
         return self._structure
+
+    @property
+    def sums(self) -> LogSums | None:
+        """Where log-sum-exps are wanted, if they are."""
+        return self._sums
 
     @property
     def indices(self) -> Tensor:

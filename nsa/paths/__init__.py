@@ -2,6 +2,7 @@
 
 from . import (
     causal_prefix,
+    cudnn_compressed,
     dense,
     flash_attn_compressed,
     flash_attn_window,
@@ -12,9 +13,11 @@ from . import (
     sdpa_compressed,
     sdpa_window,
     triton_block,
+    triton_compressed,
     triton_decode,
     triton_token,
     triton_union,
+    triton_window,
     varlen,
 )
 from .base import Candidate, Evidence, Parameter, SelectionPath
@@ -180,5 +183,38 @@ PATHS: dict[str, SelectionPath] = {
         tunables=flash_attn_compressed.tunables,
         unsupported=flash_attn_compressed.unsupported,
         evidence=flash_attn_compressed.evidence,
+    ),
+    "triton_window": SelectionPath(
+        name="triton_window",
+        target=".triton_window:run",
+        summary="tiles of tokens with a group's heads as rows, over one interval of keys, in Triton",
+        modes=("decode", "prefill", "train"),
+        deterministic=True,
+        operations=("window",),
+        tunables=triton_window.tunables,
+        unsupported=triton_window.unsupported,
+        evidence=triton_window.evidence,
+    ),
+    "cudnn_compressed": SelectionPath(
+        name="cudnn_compressed",
+        target=".cudnn_compressed:run",
+        summary="queries of a stride as entries of a batch, causal cuDNN over the compressed tokens",
+        modes=("prefill", "train"),
+        deterministic=False,  # cuDNN's backward adds with atomics
+        operations=("compression",),
+        tunables=cudnn_compressed.tunables,
+        unsupported=cudnn_compressed.unsupported,
+        evidence=cudnn_compressed.evidence,
+    ),
+    "triton_compressed": SelectionPath(
+        name="triton_compressed",
+        target=".triton_compressed:run",
+        summary="tiles of tokens with a group's heads as rows, under the staircase of compressed tokens, in Triton",
+        modes=("decode", "prefill", "train"),
+        deterministic=True,
+        operations=("compression",),
+        tunables=triton_compressed.tunables,
+        unsupported=triton_compressed.unsupported,
+        evidence=triton_compressed.evidence,
     ),
 }

@@ -1,0 +1,309 @@
+"""The whole layer without projections against dense causal attention: ``python benchmarks/layer.py --out DIR``.
+
+For each context and mode (prefill; train: forward and backward) the branches are first held against the float64 oracle
+on spot rows, then timed, each alone and all together, in rounds of fresh random order, L2 flushed before every sample.
+Dense is cuDNN's SDPA and flash-attn, where they can run. One JSON line per figure goes to DIR/layer.jsonl; times are
+milliseconds, memory is the allocator's peak above the inputs, per token. Dispatch chooses the paths, unless
+``--route window=triton_window:tokens=4,keys=64`` names one and its parameters. Queries walk, so that neighbouring
+tokens agree as in the sweeps' ``scored`` pattern.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from nsa.compression import MeanCompressor, compressed_attention
+from nsa.dispatch import selection_attention
+from nsa.mix import mix_branches
+from nsa.paths import PATHS
+from nsa.paths.base import installed
+from nsa.scoring import choose_blocks
+from nsa.selection import LogSums, Selection
+from nsa.trace import record_paths
+from nsa.window import window_attention
+
+SIZES = {"kernel_size": 32, "kernel_stride": 16}
+BLOCK, TOPK, WINDOW, CORRELATION = 64, 16, 512, 0.97
+BRANCHES = ("compression", "selection", "window")
+SPOTS = 48
+
+
+class Layer:
+    """One context's tensors and the layer's steps over them. Queries (1, S, G, h, D); keys and values per branch."""
+
+    def __init__(self, context: int, mode: str, options: argparse.Namespace) -> None:
+        self.context, self.routes, self.device = context, options.route, options.device
+        heads, groups, width = options.heads, options.groups, options.width
+        generator = torch.Generator(self.device).manual_seed(context)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=self.device)
+
+        dtype = getattr(torch, options.dtype)
+        noise = normal(1, context, groups, heads // groups, width)
+        self.query = walked(noise).to(dtype)
+        self.gates = torch.sigmoid(normal(1, context, groups, heads // groups, 3)).to(dtype)
+        self.pull = normal(*self.query.shape).to(dtype)
+        shape = (1, groups, context, width)
+        longer = {"compression": width**0.5, "selection": 1.0, "window": 1.0}  # a mean of random keys is short
+        self.keys = {name: (normal(*shape) * longer[name]).to(dtype) for name in BRANCHES}
+        self.values = {name: normal(*shape).to(dtype) for name in BRANCHES}
+        self.compressor = MeanCompressor(**SIZES)
+        self.leaves = [self.query, self.gates, *self.keys.values(), *self.values.values()]
+        with torch.no_grad():
+            self.compressed = self.compressor(self.keys["compression"]), self.compressor(self.values["compression"])
+        self.leaves += self.compressed
+        for leaf in self.leaves:
+            leaf.requires_grad_(mode == "train")
+        self.compression()
+        self.blocks = self.choose()
+
+    def compress(self) -> tuple[Tensor, Tensor]:
+        """Raw keys and values to compressed ones."""
+        return self.compressor(self.keys["compression"]), self.compressor(self.values["compression"])
+
+    def compression(self, tokens: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """The compressed branch; leaves log-sum-exps where its path has them."""
+        self.sums = LogSums()
+        pair = self.compressed if tokens is None else tokens
+        route = self.routes.get("compression", {})
+        return compressed_attention(self.query, *pair, first_position=0, **SIZES, sums=self.sums, **route)
+
+    def choose(self, tokens: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Scoring and top-k."""
+        key = (self.compressed if tokens is None else tokens)[0]
+        return choose_blocks(
+            self.query, key, context_length=self.context, block_size=BLOCK, topk=TOPK, logsum=self.sums.tensor, **SIZES
+        )
+
+    def selection(self, blocks: Tensor | None = None) -> Tensor:
+        """The selection branch."""
+        chosen = Selection.from_blocks(
+            self.blocks if blocks is None else blocks, block_size=BLOCK, context_length=self.context
+        )
+        route = self.routes.get("selection", {})
+        return selection_attention(self.query, self.keys["selection"], self.values["selection"], chosen, **route)
+
+    def window(self) -> Tensor:
+        """The window branch."""
+        route = self.routes.get("window", {})
+        return window_attention(self.query, self.keys["window"], self.values["window"], window=WINDOW, **route)
+
+    def mix(self) -> Tensor:
+        """The gated sum, of three tensors of the output's shape."""
+        return mix_branches(self.gates, self.query, self.pull, self.pull)
+
+    def whole(self) -> Tensor:
+        """Everything between the projections."""
+        tokens = self.compress()
+        compression = self.compression(tokens)
+        selection = self.selection(self.choose(tokens))
+        return mix_branches(self.gates, compression, selection, self.window())
+
+    def dense(self, backend: str) -> Tensor:
+        """Dense causal attention over the selection branch's keys."""
+        key, value = self.keys["selection"], self.values["selection"]
+        query = self.query.flatten(2, 3)
+        if backend == "flash_attn":
+            from flash_attn import flash_attn_func
+
+            return flash_attn_func(query, key.transpose(1, 2), value.transpose(1, 2), causal=True)
+        heads = self.query.shape[3]
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION if backend == "cudnn" else SDPBackend.MATH):
+            key, value = (tensor.repeat_interleave(heads, 1) for tensor in (key, value))
+            return F.scaled_dot_product_attention(query.transpose(1, 2), key, value, is_causal=True).transpose(1, 2)
+
+
+def walked(noise: Tensor) -> Tensor:
+    """A stationary walk along dim 1, in blocks of 128 tokens: neighbours correlate by CORRELATION."""
+    steps = torch.arange(128, device=noise.device)
+    lag = (steps[:, None] - steps).clamp_min(0)
+    kernel = torch.tril(CORRELATION ** lag.float()) * (1 - CORRELATION**2) ** 0.5
+    parts, state = [], noise[:, 0]
+    for part in noise.split(128, 1):
+        size = part.shape[1]
+        moved = torch.einsum("st,bt...->bs...", kernel[:size, :size], part)
+        parts.append(moved + torch.einsum("s,b...->bs...", CORRELATION ** (steps[:size] + 1).float(), state))
+        state = parts[-1][:, -1]
+    return torch.cat(parts, 1)
+
+
+def check(layer: Layer, mode: str, say: Callable[..., None]) -> bool:
+    """Spot rows of the three branches against the oracle in float64, within the derived bound."""
+    spots = sorted({*range(0, layer.context, max(1, layer.context // SPOTS)), layer.context - 1})
+    rows = torch.tensor(spots, device=layer.device)
+    exist = ((rows + 1 - SIZES["kernel_size"]).div(SIZES["kernel_stride"], rounding_mode="floor") + 1).clamp_min(0)
+    groups = layer.query.shape[2]
+
+    def spread(start: Tensor, end: Tensor) -> Tensor:
+        return torch.stack((start, end), -1)[None, :, None, None].expand(1, -1, groups, 1, 2)
+
+    cases = {
+        "compression": (layer.compression(), *layer.compressed, spread(0 * exist, exist), exist - 1),
+        "selection": (
+            layer.selection(),
+            layer.keys["selection"],
+            layer.values["selection"],
+            layer.blocks[:, rows],
+            rows,
+        ),
+        "window": (
+            *(layer.window(), layer.keys["window"], layer.values["window"]),
+            *(spread((rows + 1 - WINDOW).clamp_min(0), rows + 1), rows),
+        ),
+    }
+    right, oracle = True, PATHS["reference"].function()
+    for name, (found, key, value, given, places) in cases.items():
+        options = {"context_length": key.shape[2], "query_positions": places}
+        if name == "selection":
+            chosen = Selection.from_blocks(given, block_size=BLOCK, **options)
+        else:
+            chosen = Selection.from_ranges(given, **options)
+        call = (layer.query[:, rows].detach(), key.detach(), value.detach(), chosen)
+        exact = oracle(*call, scale=layer.query.shape[4] ** -0.5, workspace=None)
+        name_of_dtype = str(value.dtype).removeprefix("torch.")
+        eager = oracle(*call, scale=layer.query.shape[4] ** -0.5, workspace=None, compute_dtype=name_of_dtype)
+        error = float((found[:, rows].detach().double() - exact).abs().max())
+        eps = torch.finfo(value.dtype).eps
+        bound = max(2 * float((eager.double() - exact).abs().max()), 4 * eps * float(value.detach().abs().max()))
+        say(kind="check", mode=mode, operation=name, error=error, bound=bound, ok=error <= bound)
+        right = right and error <= bound
+    return right
+
+
+def steps(layer: Layer, train: bool) -> dict[str, Callable[[], object]]:
+    """What is timed, by name."""
+    parts: dict[str, Callable[[], object]] = {
+        "compress": layer.compress,
+        "compression": layer.compression,
+        "selection": layer.selection,
+        "window": layer.window,
+        "mix": layer.mix,
+        "whole": layer.whole,
+    }
+    if layer.device == "cuda" and layer.query.dtype in (torch.float16, torch.bfloat16):
+        parts["dense cudnn"] = lambda: layer.dense("cudnn")
+        if installed("flash_attn"):
+            parts["dense flash_attn"] = lambda: layer.dense("flash_attn")
+    else:
+        parts["dense math"] = lambda: layer.dense("math")
+    if not train:
+        return {**parts, "scoring": layer.choose}
+
+    def both(run: Callable[[], object]) -> Callable[[], object]:
+        def call() -> None:
+            for leaf in layer.leaves:
+                leaf.grad = None
+            out = run()
+            outs = out if isinstance(out, tuple) else (out,)
+            pulls = [
+                layer.pull.reshape(one.shape) if one.numel() == layer.pull.numel() else one.detach() for one in outs
+            ]
+            torch.autograd.backward(outs, pulls)
+
+        return call
+
+    return {**{name: both(run) for name, run in parts.items()}, "scoring": layer.choose}
+
+
+def sample(run: Callable[[], object], scratch: Tensor) -> float:
+    """Milliseconds of one call, after a flush of the L2 cache."""
+    scratch.zero_()
+    if not scratch.is_cuda:
+        began = time.perf_counter()
+        run()
+        return (time.perf_counter() - began) * 1e3
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end)
+
+
+def measure(layer: Layer, mode: str, options: argparse.Namespace, say: Callable[..., None]) -> None:
+    """All steps of one mode."""
+    cuda = layer.device == "cuda"
+    parts = steps(layer, mode == "train")
+    scratch = torch.empty(2**26 if cuda else 1, dtype=torch.int32, device=layer.device)
+    peaks, samples, executed = {}, {name: [] for name in parts}, {}
+    for name, run in parts.items():
+        run()
+        for leaf in layer.leaves:
+            leaf.grad = None
+        before = torch.cuda.memory_allocated() if cuda else 0
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        with record_paths() as seen:
+            run()
+        executed[name] = [f"{one.path} {one.parameters}" for one in seen.executed]
+        peaks[name] = torch.cuda.max_memory_allocated() - before if cuda else 0
+    for turn in range(options.rounds):
+        order = list(parts)
+        random.Random(turn).shuffle(order)
+        for name in order:
+            samples[name].append(sample(parts[name], scratch))
+    medians = {name: statistics.median(times) for name, times in samples.items()}
+    dense = min(value for name, value in medians.items() if name.startswith("dense"))
+    for name, times in samples.items():
+        say(kind="time", mode=mode, name=name, median_ms=round(medians[name], 4),
+            samples_ms=[round(x, 4) for x in times], dense_ratio=round(dense / medians[name], 3),
+            peak_bytes=peaks[name], bytes_per_token=peaks[name] // layer.context, executed=executed[name])  # fmt: skip
+
+
+def route(text: str) -> tuple[str, dict[str, object]]:
+    """``operation=path`` or ``operation=path:name=value,...``."""
+    operation, _, rest = text.partition("=")
+    path, _, values = rest.partition(":")
+    pairs = (pair.split("=") for pair in values.split(",") if pair)
+    return operation, {"path": path, "parameters": {name: int(v) if v.isdigit() else v for name, v in pairs}}
+
+
+def main() -> None:
+    """Check, then measure, every context and mode."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--contexts", type=lambda text: [int(one) for one in text.split(",")], default=[1024])
+    parser.add_argument("--modes", type=lambda text: text.split(","), default=["prefill", "train"])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--route", type=route, action="append", default=[])
+    parser.add_argument("--heads", type=int, default=64)
+    parser.add_argument("--groups", type=int, default=4)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    options.route = dict(options.route)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with (options.out / "layer.jsonl").open("a") as lines:
+        for context in options.contexts:
+
+            def say(context: int = context, **fields: object) -> None:
+                line = json.dumps({"context": context, **fields})
+                lines.write(line + "\n")
+                lines.flush()
+                print(
+                    line if fields["kind"] == "check" else json.dumps({**json.loads(line), "samples_ms": 0}), flush=True
+                )
+
+            for mode in options.modes:
+                with torch.set_grad_enabled(mode == "train"):
+                    layer = Layer(context, mode, options)
+                    if check(layer, mode, say):
+                        measure(layer, mode, options, say)
+                    del layer
+
+
+if __name__ == "__main__":
+    main()

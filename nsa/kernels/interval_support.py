@@ -1,0 +1,92 @@
+"""Leaf. Where the interval kernels can run, and their tunables, as descriptions. Imports no Triton by itself."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+
+from ..problem import SelectionProblem
+from ..trace import ParameterValue
+from .support import Ladder, capability_reason, interpreted, loads_reason, padded, shared_reason
+
+FORWARD = r"^nsa_interval_forward$"
+QUERY_GRADIENT = r"^nsa_interval_gradient_query$"
+KEY_GRADIENT = r"^nsa_interval_gradient_key$"
+
+
+def ladders(path: str, problem: SelectionProblem, device: torch.device) -> list[Ladder]:
+    """``tokens`` and ``keys`` of the forward's tile, its ``warps``, ``stages``, ``loads`` and the most ``registers`` of
+    a thread (0 = as many as the compiler wants); in mode train the same of the backward's two kernels, and the
+    ``splits`` of a key tile's queries (0 = enough to fill a GPU)."""
+    wide = problem.dtype == "float32"
+    descriptor = loads_reason(path, "descriptor", problem, device) is None
+    large = max(problem.Dk, problem.Dv) > 128
+    heads = padded(problem.h)
+    tiles = tuple(size for size in (1, 2, 4, 8, 16, 32, 64) if 16 <= size * heads <= 256) or (1,)
+
+    def near(rows: int) -> int:
+        return min(tiles, key=lambda size: abs(size * heads - rows))
+
+    forward: list[Ladder] = [
+        {"name": "tokens", "ladder": tiles, "default": near(32 if wide else 128)},
+        {"name": "keys", "ladder": (32, 64, 128), "default": 32 if wide else 64},
+        {"name": "warps", "ladder": (4, 8), "default": 4 if wide else 8},
+        {"name": "stages", "ladder": (1, 2, 3), "default": 1 if wide else 2},
+        {"name": "loads", "ladder": ("pointer", "descriptor") if descriptor else ("pointer",), "default": "pointer"},
+        {"name": "registers", "ladder": (0, 128), "default": 0 if wide or large else 128},
+    ]
+    if problem.mode != "train":
+        return forward
+    return [
+        *forward,
+        {"name": "query_tokens", "ladder": tiles, "default": near(32 if wide else 64)},
+        {"name": "query_keys", "ladder": (32, 64, 128), "default": 32 if wide else 64},
+        {"name": "key_tokens", "ladder": tiles, "default": near(32 if wide else 64)},
+        {"name": "key_keys", "ladder": (32, 64, 128), "default": 32 if wide else 64},
+        {"name": "splits", "ladder": (0, 1, 2, 4, 8, 16), "default": 0},
+        {"name": "backward_warps", "ladder": (4, 8), "default": 4},
+        {"name": "backward_stages", "ladder": (1, 2), "default": 1 if wide else 2},
+        {"name": "backward_registers", "ladder": (0, 128), "default": 0},
+    ]
+
+
+def reason(
+    path: str, problem: SelectionProblem, device: torch.device, parameters: dict[str, ParameterValue]
+) -> str | None:
+    """Why the interval kernels cannot run the problem on the device; None if they can."""
+    if find_spec("triton") is None:
+        return f"{path} needs the package triton"
+    if problem.dtype == "float64":
+        return f"{path} has no float64"
+    if max(problem.Dk, problem.Dv) > 256:
+        return f"{path} needs head dims up to 256, got {problem.Dk} and {problem.Dv}"
+    if problem.h > 64:
+        return f"{path} needs up to 64 query heads per group, got {problem.h}"
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        if why := capability_reason(path, index):
+            return why
+    elif not (device.type == "cpu" and interpreted()):
+        return f"{path} needs a CUDA device, or Triton's interpreter on a CPU"
+    values = {ladder["name"]: ladder["default"] for ladder in ladders(path, problem, device)} | parameters
+    if why := loads_reason(path, str(values["loads"]), problem, device):
+        return why
+    return _shared_reason(path, problem, values)
+
+
+def _shared_reason(path: str, problem: SelectionProblem, values: dict[str, ParameterValue]) -> str | None:
+    heads = padded(problem.h)
+    row = (padded(problem.Dk, 16) + padded(problem.Dv, 16)) * problem.item_bytes
+
+    def rows(name: str) -> int:
+        return max(16, int(values[name]) * heads)
+
+    query_bytes = rows("tokens") * padded(problem.Dk, 16) * problem.item_bytes
+    why = shared_reason(path, query_bytes + int(values["stages"]) * int(values["keys"]) * row)
+    if why or problem.mode != "train":
+        return why
+    stages = int(values["backward_stages"])
+    needed = rows("query_tokens") + stages * int(values["query_keys"])
+    other = int(values["key_keys"]) + stages * rows("key_tokens")
+    return shared_reason(path + " backward", max(needed, other) * row)

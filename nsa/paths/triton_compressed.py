@@ -1,0 +1,68 @@
+"""Path ``triton_compressed``: compressed tokens under their staircase, by the Triton kernels for intervals of keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..kernels import interval_support as support
+from ..problem import SelectionProblem
+from ..selection import Selection
+from ..trace import ParameterValue, executed
+from ..workspace import Workspace
+from .base import Evidence, Parameter, Parameters
+
+NAME = "triton_compressed"
+
+
+def tunables(problem: SelectionProblem, device: torch.device) -> tuple[Parameter, ...]:
+    """Tiles and launch of the forward; in mode train the backward's too."""
+    return tuple(Parameter(**ladder) for ladder in support.ladders(NAME, problem, device))
+
+
+def unsupported(problem: SelectionProblem, device: torch.device, parameters: Parameters) -> str | None:
+    """Up to 64 heads a group, head dims up to 256, a GPU from compute capability 8.0 on or Triton's interpreter."""
+    return support.reason(NAME, problem, device, dict(parameters))
+
+
+def evidence(
+    problem: SelectionProblem, device: torch.device, parameters: Parameters, lengths: Sequence[int]
+) -> Evidence:
+    """One launch of the forward; the interpreter leaves no trace."""
+    required = {support.FORWARD: 1} if device.type == "cuda" else {}
+    return Evidence(required=required, forbidden=(r"^aten::scaled_dot_product_attention$", r"^flash_attn::"))
+
+
+def run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selection: Selection,
+    *,
+    scale: float,
+    workspace: Workspace | None = None,
+    tokens: ParameterValue = 4,
+    keys: ParameterValue = 32,
+    warps: ParameterValue = 4,
+    stages: ParameterValue = 2,
+    loads: ParameterValue = "pointer",
+    registers: ParameterValue = 0,
+    **backward: ParameterValue,
+) -> Tensor:
+    """Compressed attention: key (B, G, N, Dk), value (B, G, N, Dv), else shapes as in ``nsa.problem``."""
+    from ..kernels.interval import Interval  # Triton, loaded when first run
+    from ..kernels.interval_gradient import attention
+
+    given = selection.structured("compression")
+    interval = Interval(given.kernel_size, given.kernel_stride, first_position=given.first_position)
+    forward = {
+        **{"tokens": tokens, "keys": keys, "warps": warps, "stages": stages},
+        **{"loads": loads, "registers": registers},
+    }
+    out, logsum = attention(query, key, value, interval, scale, forward, backward)
+    if selection.sums is not None:
+        selection.sums.tensor = logsum
+    executed("compression", NAME, {**forward, **backward})
+    return out

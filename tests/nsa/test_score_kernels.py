@@ -1,0 +1,124 @@
+"""Scoring and top-k in Triton choose what ``nsa.scoring`` chooses; the gated sum is the formula's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.interpreter import prepare
+
+INTERPRETED = prepare()
+
+from nsa.compression import compressed_attention, compressed_count  # noqa: E402  kernels load Triton, see above
+from nsa.errors import UnsupportedPathError  # noqa: E402
+from nsa.kernels import score  # noqa: E402
+from nsa.mix import mix_branches  # noqa: E402
+from nsa.scoring import block_scores, choose_blocks  # noqa: E402
+from nsa.selection import LogSums  # noqa: E402
+
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+SIZES = [(8, 4, 8), (16, 4, 4), (4, 4, 4), (6, 3, 9), (32, 16, 64)]
+"""kernel_size, kernel_stride, block_size; of the second several blocks lie under the same tokens."""
+
+
+def rows_of(
+    queries: int, first: int, sizes: tuple[int, int, int], dtype: torch.dtype, *, heads: int = 3, width: int = 16,
+    batch: int = 1, distinct: int = 0,
+) -> tuple[Tensor, Tensor, dict[str, int]]:  # fmt: skip
+    """Query (B, S, 2, h, D), compressed keys with NaN behind the last that exists, and the sizes as arguments.
+
+    ``distinct``: so many different keys, repeated, so that scores tie.
+    """
+    kernel_size, kernel_stride, block_size = sizes
+    generator = torch.Generator().manual_seed(queries + first)
+    count = compressed_count(first + queries, kernel_size, kernel_stride)
+    query = torch.randn(batch, queries, 2, heads, width, generator=generator)
+    key = torch.randn(batch, 2, count, width, generator=generator)
+    if distinct:
+        key = key[:, :, torch.arange(count) % distinct]
+    key = torch.cat((key, torch.full_like(query[:, :2, :, 0].transpose(1, 2), float("nan"))), 2)
+    arguments = {"context_length": first + queries, "kernel_size": kernel_size, "kernel_stride": kernel_stride}
+    return query.to(DEVICE, dtype), key.to(DEVICE, dtype), {**arguments, "block_size": block_size}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_float32_and_float64_choose_exactly_as_torch_does(sizes, dtype) -> None:
+    for queries, first, topk in ((37, 0, 5), (9, 41, 3)):
+        query, key, arguments = rows_of(queries, first, sizes, dtype, batch=2 if first else 1)
+        wanted = choose_blocks(query, key, topk=topk, route="torch", **arguments)
+        assert torch.equal(choose_blocks(query, key, topk=topk, route="triton", **arguments), wanted)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(st.sampled_from(SIZES[:4]), st.integers(1, 30), st.integers(0, 60), st.integers(1, 9), st.integers(0, 3))
+def test_any_sizes_topk_and_ties_choose_as_torch_does(sizes, queries, first, topk, distinct) -> None:
+    query, key, arguments = rows_of(queries, first, sizes, torch.float32, heads=2, distinct=distinct)
+    wanted = choose_blocks(query, key, topk=topk, route="torch", **arguments)
+    assert torch.equal(choose_blocks(query, key, topk=topk, route="triton", **arguments), wanted)
+
+
+@pytest.mark.parametrize("given_sums", [False, True])
+def test_sixteen_bit_rows_differ_only_where_scores_are_within_the_bound(given_sums: bool) -> None:
+    sizes, topk = (8, 4, 8), 4
+    query, key, arguments = rows_of(61, 0, sizes, torch.bfloat16, batch=2)
+    logsum = None
+    if given_sums:
+        sums = LogSums()
+        path = {"path": "triton_compressed", "parameters": {"tokens": 4, "keys": 32}}
+        compressed_attention(query, key, key, first_position=0, kernel_size=8, kernel_stride=4, sums=sums, **path)
+        logsum = sums.tensor
+        assert logsum is not None
+    wanted = choose_blocks(query.double(), key.double(), topk=topk, route="torch", **arguments)
+    found = choose_blocks(query, key, topk=topk, route="triton", logsum=logsum, **arguments)
+    options = {"positions": torch.arange(61, device=DEVICE).expand(2, -1), "blocks": 8}
+    options |= {"kernel_size": 8, "kernel_stride": 4, "block_size": 8}
+    exact, eager = (block_scores(query.to(d), key[:, :, :14].to(d), **options) for d in (torch.float64, torch.float32))
+    bound = max(2 * float((eager - exact).abs().max()), 4 * torch.finfo(torch.float32).eps * float(exact.max()))
+    different = (found != wanted).any(-1).nonzero().tolist()
+    assert len(different) <= 0.01 * wanted.shape[0] * 61 * 2
+    for b, s, g in different:
+        swapped = set(found[b, s, g].tolist()) ^ set(wanted[b, s, g].tolist())
+        scores = exact[b, s, g, sorted(swapped)]
+        assert float(scores.max() - scores.min()) <= 2 * bound
+
+
+def test_exact_ties_of_sixteen_bit_rows_go_to_the_lower_block() -> None:
+    query, key, arguments = rows_of(80, 0, (4, 4, 4), torch.bfloat16, distinct=1)
+    found = choose_blocks(query, key, topk=6, route="triton", **arguments)
+    assert found[0, 79].tolist() == [[0, 1, 2, 3, 18, 19]] * 2
+
+
+def test_positions_in_any_order_and_chunks_choose_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, arguments = rows_of(29, 12, (8, 4, 8), torch.float32)
+    whole = choose_blocks(query, key, topk=4, route="triton", **arguments)
+    order = torch.randperm(29, generator=torch.Generator().manual_seed(0), device="cpu").to(DEVICE)
+    placed = choose_blocks(query[:, order], key, topk=4, route="triton", positions=order + 12, **arguments)
+    assert torch.equal(placed, whole[:, order])
+    monkeypatch.setattr(score, "CHUNK_ELEMENTS", 2 * 16 * 2 * 17)
+    assert torch.equal(choose_blocks(query, key, topk=4, route="triton", **arguments), whole)
+
+
+def test_what_triton_cannot_score_is_refused_where_it_is_asked_for() -> None:
+    query, key, arguments = rows_of(9, 0, (8, 4, 8), torch.float32, width=288)
+    with pytest.raises(UnsupportedPathError, match="256"):
+        choose_blocks(query, key, topk=4, route="triton", **arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_gated_sum_and_its_gradients_are_the_formulas(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 7, 2, 3, 3), *((2, 7, 2, 3, 24),) * 3)
+    tensors = [torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes]
+    pull = torch.randn(shapes[1], generator=generator).to(DEVICE, dtype)
+    results = {}
+    for name, one in (("mine", dtype), ("eager", dtype), ("exact", torch.float64)):
+        leaves = [tensor.to(one).detach().requires_grad_() for tensor in tensors]
+        out = mix_branches(*leaves, route="triton" if name == "mine" else "torch")
+        results[name] = [out.detach(), *torch.autograd.grad(out, leaves, pull.to(one))]
+    for mine, eager, exact in zip(*results.values(), strict=True):
+        bound = max(2 * float((eager - exact).abs().max()), 4 * torch.finfo(dtype).eps * float(exact.abs().max()))
+        assert float((mine.double() - exact).abs().max()) <= bound
