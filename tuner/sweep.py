@@ -29,7 +29,8 @@ SWEEPS = Path(__file__).parent / "sweeps"
 ALL_PATHS = (
     *("dense", "gather", "packed", "varlen", "flex"),
     *("triton_token", "triton_union", "triton_block", "triton_decode", "causal_prefix"),
-    *("sdpa_window", "flash_attn_window", "sdpa_compressed", "flash_attn_compressed"),
+    *("sdpa_window", "flash_attn_window", "triton_window"),
+    *("sdpa_compressed", "flash_attn_compressed", "cudnn_compressed", "triton_compressed"),
 )
 """A sweep takes of its paths those of each problem's operation."""
 SHAPE_AXES = ("heads", "kv_heads", "head_dim", "value_head_dim")
