@@ -238,17 +238,22 @@ class Clock:
         return (time.perf_counter() - start) / calls * 1e6
 
 
-def captured(run: Callable[[Inputs], Tensor], inputs: list[Inputs]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-    """A graph of one call per entry, and the outputs that it must not outlive."""
-    for _ in range(2):
-        run(inputs[0])
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [run(case) for case in inputs]
-    graph.replay()
-    torch.cuda.synchronize()
-    return graph, kept
+class Replay:
+    """A graph of one call per entry of ``inputs``, and all that it reads and writes, kept as long as itself."""
+
+    def __init__(self, run: Callable[[Inputs], Tensor], inputs: list[Inputs], clock: Clock) -> None:
+        self.inputs, self.clock = inputs, clock
+        for _ in range(2):
+            run(inputs[0])
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outputs = [run(case) for case in inputs]
+        self()
+
+    def __call__(self) -> float:
+        """Microseconds of one of the calls."""
+        return self.clock.replay_us(self.graph, len(self.inputs))
 
 
 def measure(kind: str, ready: list[tuple[Candidate, Inputs, Callable[[], object]]], rotation: list[Inputs],
@@ -260,9 +265,8 @@ def measure(kind: str, ready: list[tuple[Candidate, Inputs, Callable[[], object]
         if kind == "decode" and clock.cuda:
             mine["host_us"] = lambda call=call: clock.host_us(call)
             turned = [selection_peers.prepared(case) for case in rotation] if candidate.name[0] == "y" else rotation
-            for name, cases in (("warm_us", [inputs] * 20), ("cold_us", turned)):
-                graph, kept = captured(candidate.run, cases)
-                mine[name] = lambda graph=graph, kept=kept: clock.replay_us(graph, len(kept))
+            mine["warm_us"] = Replay(candidate.run, [inputs] * 20, clock)
+            mine["cold_us"] = Replay(candidate.run, turned, clock)
         measures.append(mine)
     samples = [{name: [] for name in mine} for mine in measures]
     start = time.perf_counter()
