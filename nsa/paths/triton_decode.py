@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +59,7 @@ def evidence(
 
 
 @cache
-def kernels() -> tuple[Any, Any]:
+def kernels() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     """The forward's launcher and what makes it differentiable; loads Triton when first asked."""
     from ..kernels import decode, gradient
 
@@ -89,6 +88,6 @@ def run(
         return forward(q, k, v, chosen, factor, logsum, **parameters)
 
     forward, attention = kernels()
-    out: Tensor = attention(query, key, value, selection, scale, launch, backward)
+    out = attention(query, key, value, selection, scale, launch, backward)
     executed("selection", "triton_decode", {**parameters, **backward})
     return out
