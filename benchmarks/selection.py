@@ -6,10 +6,10 @@
 
 Ours is ``path="auto"``, the table's choice, and what --candidates names: {"shape or *": [{"kind", "path",
 "parameters"}]}. Nothing is timed that did not match the oracle: outputs by ``tuner.check.Oracle``, gradients of spot
-rows and blocks here. Times are medians in microseconds over rounds, each all candidates in fresh random order: CUDA
-events with L2 flushed (``event_us``; eager, so that a slow host shows), and for decode the host's clock (``host_us``)
-and CUDA graphs, ``warm_us`` reading the same blocks again and ``cold_us`` others, over more than twice L2.
-OUT/selection.jsonl gets a line per candidate; shapes that stand there for the same commit are not run again.
+rows and blocks by ``selection_gradients``. Times are medians in microseconds over rounds, each all candidates in fresh
+random order: CUDA events with L2 flushed (``event_us``; eager, so that a slow host shows), and for decode the host's
+clock (``host_us``) and CUDA graphs, ``warm_us`` reading the same blocks again and ``cold_us`` others, over more than
+twice L2. OUT/selection.jsonl gets a line per candidate; shapes that stand there for the same commit are not run again.
 """
 
 from __future__ import annotations
@@ -32,18 +32,19 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
-import selection_peers  # beside this file
+import selection_peers  # beside this file, like the next two
+from selection_clock import Clock, Replay
+from selection_gradients import GradientSpots, gradients, with_leaves
 
 import nsa
-from nsa.problem import TORCH_DTYPES, SelectionProblem
-from tuner.check import Oracle, WrongResult
+from nsa.problem import SelectionProblem
+from tuner.check import Oracle
 from tuner.inputs import Inputs, make_inputs
 
 FLOPS_PER_US, BYTES_PER_US = 790e6, 4.3e6
 """Measured bf16 matmul and copy of the device that the floors are for, an H200."""
 ROTATION_BYTES = 130e6
 COMPILE_S = 120
-SPOTS = 16
 
 
 class Shape(NamedTuple):
@@ -126,131 +127,6 @@ def floor_us(problem: SelectionProblem, inputs: Inputs, kind: str) -> float:
     return max(2 * keys * p.h * products / FLOPS_PER_US, moved / BYTES_PER_US)
 
 
-def with_leaves(inputs: Inputs) -> Inputs:
-    """The same call, its tensors asking for gradients."""
-    query, key, value = (tensor.detach().requires_grad_() for tensor in (inputs.query, inputs.key, inputs.value))
-    return Inputs(query, key, value, inputs.selection, inputs.union)
-
-
-def gradients(run: Callable[[Inputs], Tensor], inputs: Inputs, weight: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-    """The backward alone, of a forward that ran once."""
-    case = with_leaves(inputs)
-    out = run(case)
-    return lambda: torch.autograd.grad(out, (case.query, case.key, case.value), weight, retain_graph=True)
-
-
-class GradientSpots:
-    """Gradients of some rows and of one block per group, in float64 and, for the bound, with rounded factors."""
-
-    def __init__(self, problem: SelectionProblem, inputs: Inputs, weight: Tensor) -> None:
-        self.problem, self.inputs, self.weight = problem, inputs, weight
-        blocks = -(-problem.T // problem.block_size)
-        self.blocks = [(g * 7 + 3) % blocks for g in range(problem.G)]
-        self.rows = torch.randint(problem.S, (SPOTS,), device=inputs.query.device)
-        self.truth, usual = self._compute(torch.float64), self._compute(TORCH_DTYPES[problem.dtype])
-        least = 4 * torch.finfo(TORCH_DTYPES[problem.dtype]).eps
-        self.bounds = [max(2 * distance(u, t), least) for u, t in zip(usual, self.truth, strict=True)]
-
-    def _compute(self, dtype: torch.dtype) -> list[Tensor]:
-        """(query rows (G, r, h, Dk), key blocks (G, l', Dk), value blocks (G, l', Dv)); factors rounded to dtype."""
-        p, (query, key, value) = self.problem, (self.inputs.query, self.inputs.key, self.inputs.value)
-        selected, scale = self.inputs.selection.blocks[0].long(), p.Dk**-0.5
-        found: list[list[Tensor]] = [[], [], []]
-        for g in range(p.G):
-            keys = torch.arange(p.block_size, device=key.device) + self.blocks[g] * p.block_size
-            sums = [torch.zeros(len(keys), n, dtype=torch.float64, device=key.device) for n in (p.Dk, p.Dv)]
-            choosing = (selected[:, g] == self.blocks[g]).any(-1).nonzero()[:, 0]
-            for first, rows in enumerate((self.rows, *choosing.split(128))):
-                places = (selected[rows, g][..., None] * p.block_size).add(
-                    torch.arange(p.block_size, device=key.device)
-                )
-                allowed = (selected[rows, g] >= 0)[..., None] & (places <= rows[:, None, None])
-                places, allowed = places.flatten(1).clamp(0, p.T - 1), allowed.flatten(1)[:, None]
-                k, v = key[0, g][places].double(), value[0, g][places].double()
-                q, w = query[0, rows, g].double(), self.weight[0, rows, g].double()
-                score = torch.einsum("rhd,rkd->rhk", q, k) * scale
-                share = score.masked_fill(~allowed, float("-inf")).softmax(-1).to(dtype).double()
-                out = torch.einsum("rhk,rkd->rhd", share, v).to(dtype).double()
-                slope = torch.einsum("rhd,rkd->rhk", w, v) - (w * out).sum(-1, keepdim=True)
-                slope = (share * slope).to(dtype).double() * scale
-                if first == 0:
-                    found[0].append(torch.einsum("rhk,rkd->rhd", slope, k))
-                    continue
-                here = ((places[:, None] == keys[:, None]) & allowed).double()
-                sums[0] += torch.einsum("rhk,rjk,rhd->jd", slope, here, q)
-                sums[1] += torch.einsum("rhk,rjk,rhd->jd", share, here, w)
-            found[1].append(sums[0])
-            found[2].append(sums[1])
-        return [torch.stack(parts).to(dtype).double() for parts in found]
-
-    def compare(self, grads: tuple[Tensor, ...], where: str) -> float:
-        """The largest relative error. Raises WrongResult where one is beyond its bound, or NaN."""
-        p, size = self.problem, self.problem.block_size
-        spots = [slice(block * size, block * size + size) for block in self.blocks]
-        rows = torch.stack([grads[0][0, self.rows, g] for g in range(p.G)])
-        blocks = [torch.stack([grads[i][0, g, spot] for g, spot in enumerate(spots)]) for i in (1, 2)]
-        errors = [distance(found, truth) for found, truth in zip((rows, *blocks), self.truth, strict=True)]
-        if not all(error <= bound for error, bound in zip(errors, self.bounds, strict=True)):
-            raise WrongResult(f"{where}: gradients off by {errors} of their norm, derived bounds {self.bounds}")
-        return max(errors)
-
-
-def distance(found: Tensor, truth: Tensor) -> float:
-    """Norm of the difference over the norm of ``truth``; NaN where anything is NaN."""
-    return float((found.double() - truth).norm() / truth.norm())
-
-
-class Clock:
-    """Times calls, on a GPU by events or by the host, on a CPU by the host."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        self.flush = torch.empty(2**26 if self.cuda else 1, dtype=torch.int32, device=device)
-
-    def event_us(self, call: Callable[[], object]) -> float:
-        """One call on an idle device with L2 flushed."""
-        if not self.cuda:
-            return self.host_us(call, 1)
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.flush.zero_()
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) * 1e3
-
-    def replay_us(self, graph: torch.cuda.CUDAGraph, calls: int) -> float:
-        """One of the ``calls`` in a graph."""
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) * 1e3 / calls
-
-    def host_us(self, call: Callable[[], object], calls: int = 100) -> float:
-        """The host's time for one of ``calls`` in a row, the device's where that is longer."""
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        if self.cuda:
-            torch.cuda.synchronize()
-        return (time.perf_counter() - start) / calls * 1e6
-
-
-def captured(run: Callable[[Inputs], Tensor], inputs: list[Inputs]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-    """A graph of one call per entry, and the outputs that it must not outlive."""
-    for _ in range(2):
-        run(inputs[0])
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [run(case) for case in inputs]
-    graph.replay()
-    torch.cuda.synchronize()
-    return graph, kept
-
-
 def measure(kind: str, ready: list[tuple[Candidate, Inputs, Callable[[], object]]], rotation: list[Inputs],
             clock: Clock, budget_s: float) -> list[dict[str, list[float]]]:  # fmt: skip
     """Samples by measure for each candidate, in shared rounds of random order."""
@@ -260,9 +136,8 @@ def measure(kind: str, ready: list[tuple[Candidate, Inputs, Callable[[], object]
         if kind == "decode" and clock.cuda:
             mine["host_us"] = lambda call=call: clock.host_us(call)
             turned = [selection_peers.prepared(case) for case in rotation] if candidate.name[0] == "y" else rotation
-            for name, cases in (("warm_us", [inputs] * 20), ("cold_us", turned)):
-                graph, kept = captured(candidate.run, cases)
-                mine[name] = lambda graph=graph, kept=kept: clock.replay_us(graph, len(kept))
+            mine["warm_us"] = Replay(candidate.run, [inputs] * 20, clock)
+            mine["cold_us"] = Replay(candidate.run, turned, clock)
         measures.append(mine)
     samples = [{name: [] for name in mine} for mine in measures]
     start = time.perf_counter()

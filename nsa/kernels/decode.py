@@ -162,12 +162,26 @@ def nsa_decode_forward(
 
 
 @triton.jit
-def nsa_decode_combine(PART, OUT, LSE, H: tl.constexpr, HP: tl.constexpr, DV: tl.constexpr,
-                       DVP: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
-    """Grid (B * S * G,): the same combination as a launch of its own."""
-    stats = PART + tl.num_programs(0).to(tl.int64) * (SPLITS * H * DV)
-    combine_splits(PART, stats, OUT, LSE, tl.program_id(0).to(tl.int64), tl.arange(0, HP), tl.arange(0, DVP),
-                   H, HP, DV, DVP, SPLITS)  # fmt: skip
+def nsa_decode_combine(PART, OUT, LSE, H: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+                       SPLITS: tl.constexpr):  # fmt: skip
+    """Grid (B * S * G * H,): the same combination as a launch of its own, head by head, all loads at once."""
+    row = (tl.program_id(0) // H).to(tl.int64)
+    head = tl.program_id(0) % H
+    parts = tl.arange(0, SPLITS)
+    columns = tl.arange(0, DVP)
+    stats = PART + tl.num_programs(0).to(tl.int64) * (SPLITS * DV) + row * (SPLITS * 2 * H) + parts * (2 * H) + head
+    tops = tl.load(stats)
+    totals = tl.load(stats + H)
+    values = tl.load(PART + (row * SPLITS + parts)[:, None] * (H * DV) + (head * DV + columns)[None, :],
+                     mask=(columns < DV)[None, :], other=0.0)  # fmt: skip
+    top = tl.max(tops, 0)
+    weight = tl.math.exp2(tops - top)
+    total = tl.sum(weight * totals, 0)
+    divisor = tl.where(total > 0, total, 1.0)
+    out = tl.sum(weight[:, None] * values, 0) * (1.0 / divisor)
+    tl.store(OUT + (row * H + head) * DV + columns, out.to(OUT.dtype.element_ty), mask=columns < DV)
+    if LSE is not None:
+        tl.store(LSE + row * H + head, tl.where(total > 0, top + tl.math.log2(divisor), float("inf")))
 
 
 def forward(
@@ -196,8 +210,8 @@ def forward(
         constants = shape_constants(query, value, selection)
         constants |= {"DESCRIPTOR": loads == "descriptor", "SPLITS": split, "INSIDE": inside}
         known["forward"] = Plan(nsa_decode_forward, constants, {"num_warps": int(warps), "num_stages": int(stages)})
-        wanted = {name: constants[name] for name in ("H", "HP", "DV", "DVP", "SPLITS")}
-        known["combine"] = Plan(nsa_decode_combine, wanted, {"num_warps": 4})
+        wanted = {name: constants[name] for name in ("H", "DV", "DVP", "SPLITS")}
+        known["combine"] = Plan(nsa_decode_combine, wanted, {"num_warps": 1})
     plan = known["forward"]
     part = None
     if split > 1:  # partial rows, and behind them their maxima and totals
@@ -212,7 +226,7 @@ def forward(
         *query.stride()[:4], *key.stride()[:3], *value.stride()[:3], *selection.blocks.stride(),
     )  # fmt: skip
     if split > 1 and not inside:
-        known["combine"](rows, part, out, logsum)
+        known["combine"](rows * heads, part, out, logsum)
     return out
 
 
@@ -237,7 +251,7 @@ def counters(rows: int, device: torch.device) -> Tensor:
             piece, pieces[0] = pieces[0][:room], pieces[0][room:]
             return piece
         return torch.zeros(rows, dtype=torch.int32, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    key = (device, torch._C._cuda_getCurrentRawStream(device.index))  # what Triton's launcher asks, 10 times cheaper
     if device not in _pools:
         _pools[device] = [torch.zeros(POOL, dtype=torch.int32, device=device)]
     held = _eager.get(key)

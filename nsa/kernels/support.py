@@ -133,14 +133,15 @@ def block_bytes(problem: SelectionProblem) -> int:
 def backward_ladders(problem: SelectionProblem) -> list[Ladder]:
     """The tunables of the common backward, for problems of mode ``train``.
 
-    One stage is left out: on an H200 it ended in an illegal memory access that nobody has explained yet (docs/log.md).
+    One stage is left out: Triton 3.6 compiles the products of the unpipelined loop to shared reads out of bounds
+    (docs/log.md).
     """
     if problem.mode != "train":
         return []
-    wide = problem.dtype == "float32"
+    wide = (padded(problem.Dk, 16) + padded(problem.Dv, 16)) * problem.item_bytes > 512
     return [
-        {"name": "backward_rows", "ladder": (32, 64, 128), "default": 32},
-        {"name": "backward_item_rows", "ladder": (1024, 2048, 4096), "default": 2048},
+        {"name": "backward_rows", "ladder": (32, 64, 128), "default": 32 if wide else 64},
+        {"name": "backward_item_rows", "ladder": (1024, 2048, 4096), "default": 4096},
         {"name": "backward_span", "ladder": (0, 4096, 16384, 65536), "default": 16384},
         {"name": "backward_partial", "ladder": ("value", "float32"), "default": "value"},
         {"name": "backward_warps", "ladder": (4, 8), "default": 4},

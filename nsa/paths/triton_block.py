@@ -30,7 +30,7 @@ def tunables(problem: SelectionProblem, device: torch.device) -> tuple[Parameter
         Parameter("item_rows", (128, 256, 512, 1024), 512),
         Parameter("partial", ("value", "float32"), "value"),
         Parameter("warps", (4, 8), 4),
-        Parameter("stages", (2, 3, 4), 3),
+        Parameter("stages", (2, 3, 4), 2),
         Parameter(**support.loads_ladder("triton_block", problem, device)),
         *(Parameter(**ladder) for ladder in support.backward_ladders(problem)),
     )

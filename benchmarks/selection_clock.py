@@ -1,0 +1,67 @@
+"""Times of ``benchmarks/selection.py``: one launch by events, the host's share, replays of a graph."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tuner.inputs import Inputs
+
+
+class Clock:
+    """Times calls, on a GPU by events or by the host, on a CPU by the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.flush = torch.empty(2**26 if self.cuda else 1, dtype=torch.int32, device=device)
+
+    def event_us(self, call: Callable[[], object]) -> float:
+        """One call on an idle device with L2 flushed."""
+        if not self.cuda:
+            return self.host_us(call, 1)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.flush.zero_()
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) * 1e3
+
+    def replay_us(self, graph: torch.cuda.CUDAGraph, calls: int) -> float:
+        """One of the ``calls`` in a graph."""
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) * 1e3 / calls
+
+    def host_us(self, call: Callable[[], object], calls: int = 100) -> float:
+        """The host's time for one of ``calls`` in a row, the device's where that is longer."""
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        if self.cuda:
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / calls * 1e6
+
+
+class Replay:
+    """A graph of one call per entry of ``inputs``, and all that it reads and writes, kept as long as itself."""
+
+    def __init__(self, run: Callable[[Inputs], Tensor], inputs: list[Inputs], clock: Clock) -> None:
+        self.inputs, self.clock = inputs, clock
+        for _ in range(2):
+            run(inputs[0])
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outputs = [run(case) for case in inputs]
+        self()
+
+    def __call__(self) -> float:
+        """Microseconds of one of the calls."""
+        return self.clock.replay_us(self.graph, len(self.inputs))
