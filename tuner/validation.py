@@ -190,8 +190,8 @@ def setup_key(setup: TrainingSetup) -> bytes:
 
 
 def operation_of(record: Record) -> str:
-    """``selection``, ``compression`` or ``window``."""
-    return str(record.problem.get("operation", "selection"))
+    """``selection``, ``compression``, ``window``, or ``layer``, whose path is a combination of the three's."""
+    return "layer" if record.path == "layer" else str(record.problem.get("operation", "selection"))
 
 
 def short(commit: str) -> str:

@@ -104,7 +104,7 @@ def path_tables(found: Validation, mode: str) -> Iterable[Table]:
     """Per shape: each problem's finalists against its default."""
     tables: dict[str, list[tuple[Cell, ...]]] = {}
     for group in shootouts(found.of_mode(mode)):
-        title = f"{operation_of(group[0])}, {shape_line(group[0].problem)}, {group[0].pattern} selections"
+        title = f"{operation_of(group[0])}, {shape_line(group[0].problem)}, {group[0].pattern}"
         tables.setdefault(title, []).extend(path_rows(group))
     columns = ("context", "path", "median us", "time / default's", "verdict", "pairs", "E", "peak")
     for title, rows in tables.items():

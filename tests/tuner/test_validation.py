@@ -230,6 +230,23 @@ def test_a_line_that_is_no_record_is_named(tmp_path: Path) -> None:
         read_validation(tmp_path)
 
 
+def test_a_layers_combinations_are_compared_among_themselves(tmp_path: Path) -> None:
+    write_good(tmp_path)
+    rest = {"compression": "sdpa_compressed", "window": "sdpa_window"}
+    both = [{"selection": path, **rest} for path in ("varlen", "dense")]
+    layers = [
+        record("layer", us=us, parameters=choices, baseline=baseline, pattern="layer window=512")
+        for choices, us, baseline in zip(both, (100.0, 80.0), (True, False), strict=True)
+    ]
+    write_sweep(tmp_path, [*GOOD, *layers])
+    found = read_validation(tmp_path)
+    assert recommend(found).word == "merge"
+    page = as_html(document_of(found, recommend(found)))
+    assert "layer, 8/2 heads" in page
+    assert "layer(selection=varlen, compression=sdpa_compressed, window=sdpa_window) (default)" in page
+    assert "0.800 [0." in page
+
+
 # --- what bounds a step ---
 
 
