@@ -7,7 +7,7 @@ layer is constructed. It tunes nothing and holds no tokens: a context lives in i
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -22,6 +22,7 @@ from .dispatch_table import DispatchTable, load_dispatch_table
 from .errors import ArgumentError
 from .flags import Flags, read_flags
 from .mix import mix_branches
+from .opaque import opaque
 from .problem import compressed_count
 from .rotary import rotate, rotation
 from .scoring import choose_blocks
@@ -33,18 +34,14 @@ from .workspace import Workspace
 _own = threading.local()
 
 
+@opaque
 def shared_workspace(device: torch.device) -> Workspace:
     """The workspace that layers share unless they are given one: one per device, thread and CUDA stream."""
-    if torch.compiler.is_compiling():
-        return _beyond_compile(device)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     name = f"{device} {stream}"
     if not hasattr(_own, name):
         setattr(_own, name, Workspace())
     return cast(Workspace, getattr(_own, name))
-
-
-_beyond_compile: Callable[..., Workspace] = torch.compiler.disable(shared_workspace)  # type: ignore[no-untyped-call]
 
 
 class NSAAttention(nn.Module):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from torch import Tensor
 from .device import device_identity
 from .dispatch_table import MAX_REMEMBERED, Choice, DispatchTable, load_dispatch_table
 from .errors import ArgumentError, DispatchTableError, StrictDispatchError, UnsupportedPathError
+from .opaque import opaque
 from .paths import PATHS, Candidate
 from .paths.base import PathRun
 from .problem import DTYPE_NAMES, CacheState, Operation, SelectionProblem
@@ -94,6 +95,7 @@ def active_dispatch_table(kind: str) -> DispatchTable:
     return table
 
 
+@opaque
 def selection_attention(
     query: Tensor,
     key: Tensor,
@@ -126,19 +128,6 @@ def selection_attention(
 
     Inside ``torch.compile`` it is one graph break: nothing of dispatch is traced, the path runs eagerly.
     """
-    if torch.compiler.is_compiling():
-        return _beyond_compile(
-            *(query, key, value, selection),
-            path=path,
-            parameters=parameters,
-            scale=scale,
-            workspace=workspace,
-            strict=strict,
-            table=table,
-            overrides=overrides,
-            prefer=prefer,
-            avoid=avoid,
-        )
     forced = path != "auto"
     capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
     grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
@@ -164,9 +153,6 @@ def selection_attention(
         plans[call] = plan
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return _run(plan, query, key, value, selection, scale, workspace)
-
-
-_beyond_compile: Callable[..., Tensor] = torch.compiler.disable(selection_attention)  # type: ignore[no-untyped-call]
 
 
 def _run(

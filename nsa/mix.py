@@ -5,30 +5,25 @@ On a GPU one Triton kernel each way, which reads and writes every tensor once; e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Literal, cast
 
-import torch
 from torch import Tensor
 
+from .opaque import opaque
 from .scoring import triton_there
 
 Route = Literal["auto", "torch", "triton"]
 
 
+@partial(opaque, when=lambda gates, *_, **__: gates.is_cuda)
 def mix_branches(
     gates: Tensor, compression: Tensor, selection: Tensor, window: Tensor, *, route: Route = "auto"
 ) -> Tensor:
     """gates (B, S, G, h, 3), branches (B, S, G, h, Dv), one dtype -> (B, S, G, h, Dv), summed in float32 or wider."""
-    if torch.compiler.is_compiling() and gates.is_cuda:
-        return _beyond_compile(gates, compression, selection, window, route=route)
     fused = route == "triton" or (route == "auto" and gates.is_cuda and triton_there())
     if fused and gates.dtype == compression.dtype == selection.dtype == window.dtype:
         from .kernels.mix import MixFunction  # Triton, loaded when first run
 
         return cast(Tensor, MixFunction.apply(gates, compression, selection, window))  # type: ignore[no-untyped-call]
     return gates[..., 0:1] * compression + gates[..., 1:2] * selection + gates[..., 2:3] * window
-
-
-_beyond_compile: Callable[..., Tensor] = torch.compiler.disable(mix_branches)  # type: ignore[no-untyped-call]
-"""For torch.compile: one graph break, at a call of which nothing is traced."""

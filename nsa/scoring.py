@@ -14,8 +14,7 @@ scores that agree to 32 mantissa bits (2.3e-10) count as tied, which keeps ties 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from typing import Literal
 
@@ -25,6 +24,7 @@ from torch.nn import functional as F
 
 from .errors import ArgumentError, UnsupportedPathError
 from .kernels.support import capability_reason, interpreted
+from .opaque import opaque
 from .problem import compressed_count
 from .rows import row_chunks
 
@@ -40,6 +40,7 @@ FORCED = 0x7FF0_0000_0000_0000
 Route = Literal["auto", "torch", "triton"]
 
 
+@partial(opaque, when=lambda query, *_, **__: query.is_cuda)
 @torch.no_grad()
 def choose_blocks(
     query: Tensor,
@@ -65,20 +66,6 @@ def choose_blocks(
     run on a GPU. Raises ArgumentError, and UnsupportedPathError where ``triton`` is asked for and cannot run.
     """
     sizes = (context_length, kernel_size, kernel_stride, block_size, topk)
-    if torch.compiler.is_compiling() and query.is_cuda:
-        return _beyond_compile(
-            query,
-            compressed_key,
-            context_length=context_length,
-            kernel_size=kernel_size,
-            kernel_stride=kernel_stride,
-            block_size=block_size,
-            topk=topk,
-            positions=positions,
-            scale=scale,
-            logsum=logsum,
-            route=route,
-        )
     _check_sizes(query, compressed_key, *sizes, positions)
     if route == "triton" or (route == "auto" and query.is_cuda):
         reason = fused_reason(query)
@@ -108,10 +95,6 @@ def choose_blocks(
         )
         parts.append(rank_blocks(scores, places[:, first:end], block_size, topk))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-
-_beyond_compile: Callable[..., Tensor] = torch.compiler.disable(choose_blocks)  # type: ignore[no-untyped-call]
-"""For torch.compile: one graph break, at a call of which nothing is traced."""
 
 
 def _fused(
