@@ -15,6 +15,7 @@ twice L2. OUT/selection.jsonl gets a line per candidate; shapes that stand there
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import math
 import multiprocessing
@@ -256,10 +257,12 @@ def main() -> None:
     parser.add_argument("--no-auto", action="store_true", help="leave the table's choice out")
     parser.add_argument("--table", type=Path, help="a dispatch table instead of the one in force")
     parser.add_argument("--yardsticks", type=Path, help="selection_yardsticks.py")
+    parser.add_argument("--leave-out", default="", help="comma-separated beginnings of peers' names")
     parser.add_argument("--time-limit", type=float, default=480.0, help="seconds after which nothing new is begun")
     parser.add_argument("--budget", type=float, default=1.5, help="seconds of rounds per shape and kind")
     parser.add_argument("--compile-processes", type=int, default=0)
     options = parser.parse_args()
+    faulthandler.enable()  # others' kernels are compiled and tuned in this process
     stop = time.perf_counter() + options.time_limit
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
@@ -276,7 +279,12 @@ def main() -> None:
     done = {(record["shape"], record["kind"]) for record in known}
     todo = jobs(names, options.kinds.split(","), named, selection_peers.load(options.yardsticks), table,
                 not options.no_auto)  # fmt: skip
-    todo = [job for job in todo if job[:2] not in done]
+    left_out = tuple(start for start in options.leave_out.split(",") if start)
+    todo = [
+        (name, kind, [candidate for candidate in candidates if not candidate.name.startswith(left_out)])
+        for name, kind, candidates in todo
+        if (name, kind) not in done
+    ]
     if options.compile_processes and device.type == "cuda":
         ahead = [
             (n, k, {"path": c.name, "parameters": c.parameters})

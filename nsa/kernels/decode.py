@@ -32,9 +32,11 @@ from .layout import (
 
 
 @triton.jit
-def combine_splits(PART, stats, OUT, LSE, row, heads, columns, H: tl.constexpr, M: tl.constexpr, DV: tl.constexpr,
-                   DVP: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
-    """Merge SPLITS partial rows (H, DV) of PART with their maxima and totals at ``stats``, (SPLITS, 2, H) per row."""
+def combine_splits(PART, stats, OUT, LSE, row, heads, columns, whole, H: tl.constexpr, M: tl.constexpr,
+                   DV: tl.constexpr, DVP: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
+    """Merge SPLITS partial rows (H, DV) of PART with their maxima and totals at ``stats``, (SPLITS, 2, H) per row.
+
+    ``columns``: DVP of them; one program of a row, that with ``whole``, writes LSE."""
     parts = tl.arange(0, SPLITS)
     inside = heads < H
     stat = stats + row * (SPLITS * 2 * H)
@@ -53,7 +55,7 @@ def combine_splits(PART, stats, OUT, LSE, row, heads, columns, H: tl.constexpr, 
     out, logsum = finish(out, top, total, 1.0)
     tl.store(OUT + row * (H * DV) + heads[:, None] * DV + columns[None, :], out.to(OUT.dtype.element_ty), mask=keep)
     if LSE is not None:
-        tl.store(LSE + row * H + heads, logsum, mask=inside)
+        tl.store(LSE + row * H + heads, logsum, mask=inside & whole)
 
 
 @triton.jit(do_not_specialize=["LENGTH", "S", "T"])
@@ -157,31 +159,20 @@ def nsa_decode_forward(
         if INSIDE:
             tl.debug_barrier()  # every thread's stores come before the one thread's release
             if tl.atomic_add(COUNTER + place, 1, sem="acq_rel") == SPLITS - 1:
-                combine_splits(PART, stats, OUT, LSE, place, heads, columns, H, M, DV, DVP, SPLITS)
+                combine_splits(PART, stats, OUT, LSE, place, heads, columns, True, H, M, DV, DVP, SPLITS)
                 tl.store(COUNTER + place, 0)
 
 
 @triton.jit
-def nsa_decode_combine(PART, OUT, LSE, H: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-                       SPLITS: tl.constexpr):  # fmt: skip
-    """Grid (B * S * G * H,): the same combination as a launch of its own, head by head, all loads at once."""
-    row = (tl.program_id(0) // H).to(tl.int64)
-    head = tl.program_id(0) % H
-    parts = tl.arange(0, SPLITS)
-    columns = tl.arange(0, DVP)
-    stats = PART + tl.num_programs(0).to(tl.int64) * (SPLITS * DV) + row * (SPLITS * 2 * H) + parts * (2 * H) + head
-    tops = tl.load(stats)
-    totals = tl.load(stats + H)
-    values = tl.load(PART + (row * SPLITS + parts)[:, None] * (H * DV) + (head * DV + columns)[None, :],
-                     mask=(columns < DV)[None, :], other=0.0)  # fmt: skip
-    top = tl.max(tops, 0)
-    weight = tl.math.exp2(tops - top)
-    total = tl.sum(weight * totals, 0)
-    divisor = tl.where(total > 0, total, 1.0)
-    out = tl.sum(weight[:, None] * values, 0) * (1.0 / divisor)
-    tl.store(OUT + (row * H + head) * DV + columns, out.to(OUT.dtype.element_ty), mask=columns < DV)
-    if LSE is not None:
-        tl.store(LSE + row * H + head, tl.where(total > 0, top + tl.math.log2(divisor), float("inf")))
+def nsa_decode_combine(PART, OUT, LSE, H: tl.constexpr, HP: tl.constexpr, DV: tl.constexpr,
+                       DVP: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """Grid (B * S * G * DVP / COLUMNS,): the same combination as a launch of its own, by column tiles."""
+    tiles: tl.constexpr = DVP // COLUMNS
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    stats = PART + (tl.num_programs(0) // tiles).to(tl.int64) * (SPLITS * H * DV)
+    columns = tile * COLUMNS + tl.arange(0, COLUMNS)
+    combine_splits(PART, stats, OUT, LSE, row, tl.arange(0, HP), columns, tile == 0, H, HP, DV, COLUMNS, SPLITS)
 
 
 def forward(
@@ -210,8 +201,9 @@ def forward(
         constants = shape_constants(query, value, selection)
         constants |= {"DESCRIPTOR": loads == "descriptor", "SPLITS": split, "INSIDE": inside}
         known["forward"] = Plan(nsa_decode_forward, constants, {"num_warps": int(warps), "num_stages": int(stages)})
-        wanted = {name: constants[name] for name in ("H", "DV", "DVP", "SPLITS")}
-        known["combine"] = Plan(nsa_decode_combine, wanted, {"num_warps": 1})
+        wanted = {name: constants[name] for name in ("H", "HP", "DV", "DVP", "SPLITS")}
+        wanted["COLUMNS"] = min(32, constants["DVP"])
+        known["combine"] = Plan(nsa_decode_combine, wanted, {"num_warps": 2})
     plan = known["forward"]
     part = None
     if split > 1:  # partial rows, and behind them their maxima and totals
@@ -226,7 +218,9 @@ def forward(
         *query.stride()[:4], *key.stride()[:3], *value.stride()[:3], *selection.blocks.stride(),
     )  # fmt: skip
     if split > 1 and not inside:
-        known["combine"](rows * heads, part, out, logsum)
+        combining = known["combine"]
+        tiles = combining.constants["DVP"] // combining.constants["COLUMNS"]
+        combining(rows * tiles, part, out, logsum)
     return out
 
 
@@ -251,7 +245,7 @@ def counters(rows: int, device: torch.device) -> Tensor:
             piece, pieces[0] = pieces[0][:room], pieces[0][room:]
             return piece
         return torch.zeros(rows, dtype=torch.int32, device=device)
-    key = (device, torch._C._cuda_getCurrentRawStream(device.index))  # what Triton's launcher asks, 10 times cheaper
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
     if device not in _pools:
         _pools[device] = [torch.zeros(POOL, dtype=torch.int32, device=device)]
     held = _eager.get(key)

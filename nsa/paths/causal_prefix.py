@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import msgspec
 import torch
@@ -103,16 +104,25 @@ def inner_problem(problem: SelectionProblem) -> SelectionProblem | None:
 def evidence(
     problem: SelectionProblem, device: torch.device, parameters: Parameters, lengths: Sequence[int]
 ) -> Evidence:
-    """One call of dense attention, and what the inner path declares; no Triton kernel where every row is dense."""
+    """One call of dense attention, by its backend and on the first rows' queries, and what the inner path declares; no
+    Triton kernel where every row is dense."""
     prefix, rest = str(parameters["prefix"]), inner_problem(problem)
-    required = {FLASH_ATTN: 0} if prefix == "flash_attn" else {OPERATORS[prefix]: 1}
-    ran = FLASH_ATTN if prefix == "flash_attn" else SDPA
+    if prefix == "flash_attn":
+        ran, required = FLASH_ATTN, {FLASH_ATTN: 0}
+        shapes: dict[str, Any] = {}
+    else:
+        first = (problem.B, problem.G * problem.h, problem.S - (rest.S if rest else 0), problem.Dk)
+        ran, required, shapes = SDPA, {OPERATORS[prefix]: 1}, {OPERATORS[prefix]: ((0, first),)}
     if rest is None:
-        return Evidence(required=required, forbidden=tuple(support.KERNELS.values()))
+        return Evidence(required=required, forbidden=tuple(support.KERNELS.values()), shapes=shapes)
     path = registered(str(parameters["inner"]))
     inside = path.evidence(rest, device, path.defaults(rest, device), lengths)
+    if ran in inside.required:  # the inner path may take the same backend
+        required = dict.fromkeys(required, 0)
     inner = {name: count + 1 if name == ran and count else count for name, count in inside.required.items()}
-    return Evidence(required=required | inner, forbidden=tuple(name for name in inside.forbidden if name != ran))
+    forbidden = tuple(name for name in inside.forbidden if name != ran)
+    others = {name: calls for name, calls in inside.shapes.items() if name != ran}
+    return Evidence(required=required | inner, forbidden=forbidden, shapes=shapes | others)
 
 
 def run(

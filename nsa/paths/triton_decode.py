@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -58,14 +57,6 @@ def evidence(
     return Evidence(required=required | ({COMBINE: 1} if combined and device.type == "cuda" else {}), forbidden=absent)
 
 
-@cache
-def kernels() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """The forward's launcher and what makes it differentiable; loads Triton when first asked."""
-    from ..kernels import decode, gradient
-
-    return decode.forward, gradient.attention
-
-
 def run(
     query: Tensor,
     key: Tensor,
@@ -82,12 +73,13 @@ def run(
     **backward: ParameterValue,
 ) -> Tensor:
     """Selection attention for few rows. Shapes as in ``nsa.problem``."""
+    from ..kernels import decode, gradient  # Triton, loaded when first run
+
     parameters = {"splits": splits, "combine": combine, "warps": warps, "stages": stages, "loads": loads}
 
     def launch(q: Tensor, k: Tensor, v: Tensor, chosen: Selection, factor: float, logsum: Tensor | None) -> Tensor:
-        return forward(q, k, v, chosen, factor, logsum, **parameters)
+        return decode.forward(q, k, v, chosen, factor, logsum, **parameters)
 
-    forward, attention = kernels()
-    out = attention(query, key, value, selection, scale, launch, backward)
+    out = gradient.attention(query, key, value, selection, scale, launch, backward)
     executed("selection", "triton_decode", {**parameters, **backward})
     return out

@@ -8,6 +8,7 @@ from nsa.errors import UnsupportedPathError
 from nsa.paths import PATHS, reference
 from nsa.scoring import choose_blocks
 from nsa.selection import Selection
+from tuner.attest import FellBack, attest
 
 SIZE, TOPK, HEADS = 4, 3, 2
 PREFIX = SIZE * TOPK
@@ -87,6 +88,19 @@ def test_the_rest_never_reaches_dense_attention_and_the_path_reports_once(monkey
         )
     assert [shape[2] for shape in seen if shape[1] == 2 * HEADS] == [PREFIX]
     assert [(record.path, record.status) for record in recorder.executed] == [("causal_prefix", "forced")]
+
+
+@every_part
+@pytest.mark.parametrize("tokens", [PREFIX, 2 * PREFIX + 1])
+def test_what_it_declares_is_what_a_profiler_sees(tokens, prefix, inner):
+    query, key, value, selection = complete_case(tokens)
+    problem = nsa.dispatch.call_problem(query, key, value, selection, grad=False, capturing=False)
+    parameters, path = {"prefix": prefix, "inner": inner}, PATHS["causal_prefix"]
+    evidence = path.evidence(problem, torch.device("cpu"), parameters, selection.lengths.flatten().tolist())
+    other = {"prefix": "math" if prefix == "flash" else "flash", "inner": inner}
+    attest(lambda: path.function()(query, key, value, selection, scale=0.3, **parameters), evidence, cuda=False)
+    with pytest.raises(FellBack):
+        attest(lambda: path.function()(query, key, value, selection, scale=0.3, **other), evidence, cuda=False)
 
 
 def test_what_is_not_declared_complete_or_no_whole_prompt_is_refused():
