@@ -241,6 +241,34 @@ def test_a_route_is_a_choice_with_a_reason_and_a_forced_one_never_falls_back():
 
 
 @pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        ({"block_size": 12}, "block_size / kernel_stride to be 1, 2, 4, 8 or 16"),
+        ({"kernel_size": 16}, "kernel_size up to block_size \\+ kernel_stride, got 8, 4, 16"),
+        ({"topk": 65}, "topk and query heads per group up to 64, got 65 and 2"),
+        ({"head_dim": 258}, "head dims up to 256, got 258"),
+    ],
+)
+def test_sizes_that_the_fused_step_has_not_are_named_and_taken_by_the_branches(sizes, reason):
+    layer = layer_of("mean", **sizes)
+    cache = layer.empty_cache(1, capacity=4, device=DEVICE)
+    with pytest.raises(UnsupportedPathError, match=reason):
+        layer.decode(tokens(1, 1, 12), cache, route="fused")
+    layer.decode(tokens(1, 1, 12), cache)
+    assert cache.length == 1
+
+
+def test_autocast_decodes_by_branches():
+    layer = layer_of("mean")
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        cache = layer.empty_cache(1, capacity=4, device=DEVICE)
+        with pytest.raises(UnsupportedPathError, match="under autocast"):
+            layer.decode(tokens(1, 1, 12), cache, route="fused")
+        layer.decode(tokens(1, 1, 12), cache)
+    assert cache.key("window").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
     ("environ", "path", "reason"),
     [
         ({"NSA_USE_FUSED_DECODE": "1"}, "fused", "asked for by flag"),
