@@ -1,14 +1,14 @@
 """The decode step of a whole layer: eager and replayed, against the float64 reference and the floor of its bytes.
 
-    python3 benchmarks/decode_step.py --out FOLDER [--only NAME ...] [--contexts 512,8192] [--branches]
+    python3 benchmarks/decode_step.py --out FOLDER [--only NAME ...] [--contexts 512,8192] [--room N] [--branches]
 
 Shapes: ``pr31`` (dim 256, 8 heads in 2 groups, head dim 32) in float32 and bfloat16, contexts 512 to 64k; ``large``
-(dim 8192, 64 heads in 4 groups, head dim 128, bfloat16) at 64k, batch 1 and 64. Contents are random. Every layer is
-first held against a float64 twin that runs the branches on the ``reference`` path, within the design's bound. Each
-time is the median of samples of 20 steps, which start at the context; ``host_us`` is the time to launch a step,
-``queued_us`` the device's time when the host is ahead, ``device_us`` the step's kernels as a profiler saw them,
-``branches`` the same step by torch operators. L2 stays warm: ``pr31`` fits it, ``large`` does not. The floor is
-weights, compressed, selected and window bytes at 4.3 TB/s.
+(dim 8192, 64 heads in 4 groups, head dim 128, bfloat16) at 64k, batch 1 and 64. Contents are random. The cache has room
+for 64k at every context, as one graph for all of them needs. Every layer is first held against a float64 twin that runs
+the branches on the ``reference`` path, within the design's bound. Each time is the median of samples of 20 steps, which
+start at the context; ``host_us`` is the time to launch a step, ``queued_us`` the device's time when the host is ahead,
+``device_us`` the step's kernels as a profiler saw them, ``branches`` the same step by torch operators. L2 stays warm:
+``pr31`` fits it, ``large`` does not. The floor is weights, compressed, selected and window bytes at 4.3 TB/s.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def build(name: str, dtype: torch.dtype, flags: Flags | None = None) -> NSAAtten
         return NSAAttention(NSAConfig(**SHAPES[name]), flags=flags or Flags(), dtype=dtype)
 
 
-def filled(layer: NSAAttention, batch: int, context: int) -> NSACache:
+def filled(layer: NSAAttention, batch: int, context: int, room: int = 65536) -> NSACache:
     """A cache of random tokens; compressed ones are what the layer makes of them, entry by entry."""
-    cache = layer.empty_cache(batch, capacity=context + 2 * STEPS, device=torch.device("cuda"))
+    cache = layer.empty_cache(batch, capacity=max(context, room) + 2 * STEPS, device=torch.device("cuda"))
     cache.keys.normal_()
     cache.values.normal_()
     cache.advance(context)
@@ -171,12 +171,12 @@ def floor_us(layer: NSAAttention, batch: int, context: int) -> float:
     return (weights + cache) * item / BYTES_PER_US
 
 
-def measure(name: str, context: int, branches: bool) -> dict[str, Any]:
+def measure(name: str, context: int, room: int, branches: bool) -> dict[str, Any]:
     shape, dtype, batch, _ = CASES[name]
     layer = build(shape, dtype)
-    cache = filled(layer, batch, context)
+    cache = filled(layer, batch, context, room)
     x = torch.randn(batch, 1, layer.config.dim, device="cuda", dtype=dtype)
-    record: dict[str, Any] = {"case": name, "context": context, "check": check(layer, cache, x, context)}
+    record: dict[str, Any] = {"case": name, "context": context, "room": room, "check": check(layer, cache, x, context)}
 
     def reset() -> None:
         rewind(cache, context)
@@ -203,13 +203,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="*", default=list(CASES), choices=list(CASES))
     parser.add_argument("--contexts", default="")
+    parser.add_argument("--room", type=int, default=65536)
     parser.add_argument("--branches", action="store_true")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     wanted = [int(text) for text in options.contexts.split(",") if text]
     for name in options.only:
         for context in wanted or CASES[name][3]:
-            record = measure(name, context, options.branches)
+            record = measure(name, context, options.room, options.branches)
             with open(options.out / f"{name}.jsonl", "a") as lines:
                 lines.write(json.dumps(record) + "\n")
             eager, profile, found = record["eager"], record["profile"], record["check"]

@@ -4,6 +4,8 @@ Four kernels, each a grid of fixed size whatever the context: the position of ea
 that one captured graph serves every step. A group (b, g) is a row; its attention is dealt to ``PARTS`` programs, those
 of the compressed tokens first, then those of the selected blocks, then the window's, and ``nsa_step_combine`` merges
 them. With WIDE (float32) scores are float64 and in natural units, as ``nsa.scoring`` asks; otherwise float32, base 2.
+Then equal scores of blocks in different tiles may round a unit apart: 16-bit types break ties within scoring's bound,
+where float32's 32 compared bits keep them.
 """
 
 from __future__ import annotations

@@ -16,10 +16,11 @@ from nsa.cache import BRANCHES, NSACache  # noqa: E402
 from nsa.decode import DecodeGraph  # noqa: E402
 from nsa.errors import ArgumentError, FlagError, ReserveError, UnsupportedPathError  # noqa: E402
 from nsa.flags import Flags, read_flags  # noqa: E402
+from nsa.scoring import block_scores  # noqa: E402
 from nsa.step import FusedStep, StepParameters, step_of  # noqa: E402
 from nsa.trace import record_paths  # noqa: E402
 
-from .reference_layer import Reference, cast, reference_layer  # noqa: E402
+from .reference_layer import Reference, bound, cast, reference_layer  # noqa: E402
 from .test_attention import Operators, agreement_bound, assert_within  # noqa: E402
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -114,6 +115,57 @@ def test_steps_behind_a_prefill_equal_the_prefill_of_all_and_choose_the_branches
             assert float((key - expected).abs().max()) <= 4 * torch.finfo(key.dtype).eps * float(expected.abs().max())
         difference = (torch.cat(parts, 1) - whole[:, : start + 4]).abs().max()
         assert float(difference) <= agreement_bound(layer, x)
+
+
+@pytest.mark.parametrize(
+    ("kernel_size", "kernel_stride", "block_size"),
+    [(8, 4, 16), (12, 4, 8), (8, 4, 4), (4, 4, 8), (4, 2, 32), (3, 1, 2), (32, 16, 64)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16] if INTERPRETED else [torch.float32])
+def test_sizes_of_kernel_stride_and_block_choose_what_choose_blocks_chooses(
+    kernel_size, kernel_stride, block_size, dtype, monkeypatch
+):
+    sizes = {"kernel_size": kernel_size, "kernel_stride": kernel_stride, "block_size": block_size, "topk": 5}
+    layer = layer_of("mean", dtype, **sizes)
+    wanted = []
+    original = nsa.attention.choose_blocks
+    monkeypatch.setattr(
+        nsa.attention, "choose_blocks", lambda *args, **sizes: wanted.append(original(*args, **sizes)) or wanted[-1]
+    )
+    for length in (1, kernel_size, 9 * block_size - 1, 12 * block_size + 1):
+        x = tokens(1, length + 1, 12, dtype)
+        cache, other = (layer.prefill(x[:, :length])[1] for _ in range(2))
+        fused(layer, x[:, length:], cache)
+        layer.decode(x[:, length:], other, route="branches")
+        assert chosen(cache) == [set(row) - {-1} for row in wanted[-1].flatten(0, 2).tolist()], length
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_block_left_out_scores_more_than_a_chosen_one_beyond_the_bound(dtype):
+    """Of the stored queries and keys, against float64 scores; the eager error is that of ``block_scores``."""
+    layer = layer_of("mean", dtype, block_size=16, topk=6)
+    length, config = 500, layer.config
+    cache = layer.empty_cache(2, capacity=length, device=DEVICE)
+    for storage in (cache.keys, cache.values, cache.compressed_keys, cache.compressed_values):
+        storage.copy_(torch.randn(storage.shape, generator=torch.Generator().manual_seed(1)))
+    cache.advance(length - 1)
+    cache.lengths.fill_(length - 1)
+    fused(layer, tokens(2, 1, 12, dtype), cache)
+    query = torch.unflatten(cache.plan.query, 0, (2, 1, config.num_kv_heads))
+    sizes = {"kernel_size": config.kernel_size, "kernel_stride": config.kernel_stride, "block_size": 16}
+    places = torch.full((2, 1), length - 1, device=DEVICE)
+    exact, eager = (
+        block_scores(query.to(wide), cache.compressed_key.to(wide), positions=places, blocks=32, **sizes)[:, 0].flatten(
+            0, 1
+        )
+        for wide in (torch.float64, dtype)
+    )
+    limit = bound(float((eager - exact).abs().max()), torch.float32, float(exact.max()))
+    for scores, blocks in zip(exact.tolist(), chosen(cache), strict=True):
+        assert {0, 30, 31} <= blocks
+        least = min(scores[block] for block in blocks - {0, 30, 31})
+        assert max(score for block, score in enumerate(scores) if block not in blocks) <= least + 2 * limit
+    assert limit < 1e-5 * float(exact.max())
 
 
 def test_any_number_of_splits_and_any_tile_is_the_same_function():
@@ -238,6 +290,34 @@ def test_a_route_is_a_choice_with_a_reason_and_a_forced_one_never_falls_back():
     cache = double.empty_cache(1, capacity=1, device=DEVICE)
     with pytest.raises(UnsupportedPathError, match=r"fused has no torch\.float64"):
         double.decode(x.double(), cache, route="fused")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        ({"block_size": 12}, "block_size / kernel_stride to be 1, 2, 4, 8 or 16"),
+        ({"kernel_size": 16}, "kernel_size up to block_size \\+ kernel_stride, got 8, 4, 16"),
+        ({"topk": 65}, "topk and query heads per group up to 64, got 65 and 2"),
+        ({"head_dim": 258}, "head dims up to 256, got 258"),
+    ],
+)
+def test_sizes_that_the_fused_step_has_not_are_named_and_taken_by_the_branches(sizes, reason):
+    layer = layer_of("mean", **sizes)
+    cache = layer.empty_cache(1, capacity=4, device=DEVICE)
+    with pytest.raises(UnsupportedPathError, match=reason):
+        layer.decode(tokens(1, 1, 12), cache, route="fused")
+    layer.decode(tokens(1, 1, 12), cache)
+    assert cache.length == 1
+
+
+def test_autocast_decodes_by_branches():
+    layer = layer_of("mean")
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        cache = layer.empty_cache(1, capacity=4, device=DEVICE)
+        with pytest.raises(UnsupportedPathError, match="under autocast"):
+            layer.decode(tokens(1, 1, 12), cache, route="fused")
+        layer.decode(tokens(1, 1, 12), cache)
+    assert cache.key("window").dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
