@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .dispatch import Strict, selection_attention
+from .dispatch import selection_attention
 from .dispatch_table import DispatchTable
+from .planning import Strict
 from .problem import compressed_count
 from .selection import LogSums, Selection
 from .trace import ParameterValue, announce, executed

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from .dispatch import Strict, selection_attention
+from .dispatch import selection_attention
 from .dispatch_table import DispatchTable
+from .planning import Strict
 from .selection import Selection
 from .trace import ParameterValue
 from .workspace import Workspace

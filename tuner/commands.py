@@ -12,10 +12,10 @@ import torch
 from rich.console import Console
 
 from nsa.device import device_identity, software_identity
-from nsa.dispatch import DEPLOYED_CACHE
 from nsa.dispatch_table import DispatchTable, load_dispatch_table, read_dispatch_table, user_table_path
 from nsa.errors import DispatchTableError, FlagError
 from nsa.paths import SelectionPath
+from nsa.planning import DEPLOYED_CACHE
 from nsa.problem import DType, Mode, Operation, SelectionProblem
 from tuner import report
 from tuner.layer_search import LayerSearch

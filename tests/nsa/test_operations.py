@@ -7,10 +7,11 @@ import torch
 
 from nsa.compression import compressed_attention
 from nsa.device import device_identity, software_identity
-from nsa.dispatch import CHAINS, selection_attention, use_dispatch_table
+from nsa.dispatch import selection_attention, use_dispatch_table
 from nsa.dispatch_table import DEFAULT_PATHS, DispatchEntry, DispatchTable, default_candidate
 from nsa.errors import ArgumentError, StrictDispatchError, UnsupportedPathError, UnsupportedSelection
 from nsa.paths import PATHS, reference
+from nsa.planning import CHAINS
 from nsa.problem import SelectionProblem
 from nsa.selection import Selection, StructuredSelection
 from nsa.trace import record_paths

@@ -114,7 +114,7 @@ def test_every_rung_of_every_ladder_gives_the_oracles_result(name):
     selection = fixed_selection()
     query, key, value = tensors(selection, 45, 2, 8, 8)
     truth, allowed = bound(selection, query, key, value, 8**-0.5, torch.float32)
-    problem = nsa.dispatch.call_problem(query, key, value, selection, grad=False, capturing=False)
+    problem = nsa.planning.call_problem(query, key, value, selection, grad=False, capturing=False)
     for item in PATHS[name].tunables(problem, torch.device("cpu")):
         for rung in item.ladder:
             workspace = Workspace()

@@ -99,5 +99,5 @@ def test_flash_attention_backends_say_why_they_cannot_run_on_a_cpu():
 
 def test_every_backend_has_a_reason_or_none_for_every_dtype():
     selection = ragged(1, 2, 1, 40)
-    problem = nsa.dispatch.call_problem(*tensors(selection, 40, 2, 32, 32), selection, grad=False, capturing=False)
+    problem = nsa.planning.call_problem(*tensors(selection, 40, 2, 32, 32), selection, grad=False, capturing=False)
     assert backend_reason("segment", problem, torch.device("cpu")) is None

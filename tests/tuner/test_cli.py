@@ -38,7 +38,8 @@ row_chunk = [0]
 
 ATTEND = """
 import json, sys, torch, nsa
-from nsa.dispatch import active_dispatch_table, call_problem
+from nsa.dispatch import active_dispatch_table
+from nsa.planning import call_problem
 
 found = []
 for T in (32, 48, 64, 128):

@@ -155,6 +155,7 @@ def test_a_defect_of_the_drill_gets_its_outcome_and_no_time(repository: Reposito
 def test_dispatch_that_falls_back_is_caught_through_auto(repository: Repository, tmp_path: Path) -> None:
     edit = replace(
         "dispatch.py",
+        ("from .planning import", "from .paths import PATHS\nfrom .planning import"),
         ("out = attempt.function(", "out = PATHS['packed'].function()("),
         ("workspace=workspace, **candidate.parameters", "workspace=workspace"),
     )

@@ -50,9 +50,10 @@ def test_every_sweep_of_the_project_decodes_and_expands(name: str, kind: str) ->
 def test_every_sweep_of_the_project_names_paths_and_parameters_that_exist(name: str) -> None:
     definition = read_sweep(name)
     assert set(definition.paths) | set(definition.ladders) <= set(PATHS)
+    problems = [family.problems[-1] for family in families(definition, "cpu")]
     for path, ladders in definition.ladders.items():
-        problem = families(definition, "cpu")[0].problems[-1]
-        known = {item.name for item in PATHS[path].tunables(problem, torch.device("cpu"))}
+        own = [problem for problem in problems if problem.operation in PATHS[path].operations]
+        known = {item.name for problem in own for item in PATHS[path].tunables(problem, torch.device("cpu"))}
         assert set(ladders) <= known, path
 
 
