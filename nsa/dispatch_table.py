@@ -188,17 +188,17 @@ class DispatchTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         return choice
 
     def _resolve(self, problem: SelectionProblem) -> Choice:
-        """Entries for problems alike in ``complete`` answer; where none does, those for the others.
+        """Entries for problems alike in ``complete`` answer; where none does, or only from afar, the others'.
 
         Those were measured on calls of the same sizes, and the hint changes no kernel: it only lets some paths run. So
         a pick that needs no hint serves a call without it, and any pick serves a call with it.
         """
         choice = self._resolve_alike(problem)
-        if choice.entry:
+        if choice.entry and choice.status != "extrapolated":
             return choice
         other = self._resolve_alike(msgspec.structs.replace(problem, complete=not problem.complete))
         usable = other.entry and (problem.complete or not PATHS[other.path].needs_complete)
-        return other if usable else choice
+        return other if usable and (not choice.entry or other.status != "extrapolated") else choice
 
     def _resolve_alike(self, problem: SelectionProblem) -> Choice:
         by_batch = self.__dict__["families"].get(_family(problem))
@@ -213,9 +213,12 @@ class DispatchTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             ordered = sorted(contexts)
             place = bisect_left(ordered, problem.T)
             if 0 < place < len(ordered):
-                return self._between(problem, contexts[ordered[place - 1]][1], *contexts[ordered[place]])
+                return self._between(contexts[ordered[place - 1]][1], *contexts[ordered[place]])
+        contexts = by_batch[min((batch for batch in by_batch if batch >= problem.B), default=max(by_batch))]
+        number, nearest = contexts[min(contexts, key=lambda context: abs(context - problem.T))]
         measured = {batch: sorted(contexts) for batch, contexts in by_batch.items()}
-        return self._default(problem, "extrapolated", f"outside the measured contexts by batch {measured}")
+        why = f"outside the measured contexts by batch {measured}; as at batch {nearest.B}, context {nearest.T}"
+        return self._pick(number, nearest, "extrapolated", why + self._but_stale)
 
     def _measured(self, number: int, entry: DispatchEntry, same_batch: bool) -> Choice:
         status: Status = "exact" if same_batch else "bucket"
@@ -224,12 +227,16 @@ class DispatchTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             status, reason = "stale", f"{reason}, but {self.__dict__['stale']}"
         return self._pick(number, entry, status, reason)
 
-    def _between(self, problem: SelectionProblem, lower: DispatchEntry, number: int, upper: DispatchEntry) -> Choice:
-        where = f"between measured contexts {lower.T} and {upper.T} at batch {upper.B}"
-        if lower.path != upper.path:
-            return self._default(problem, "default", f"{where}, which disagree: {lower.path}, {upper.path}")
-        stale = f", but {self.__dict__['stale']}" if self.__dict__["stale"] else ""
-        return self._pick(number, upper, "interpolated", f"{where}, which agree{stale}")
+    def _between(self, lower: DispatchEntry, number: int, upper: DispatchEntry) -> Choice:
+        agree = (
+            "which agree" if lower.path == upper.path else f"which disagree ({lower.path}, {upper.path}): the upper's"
+        )
+        where = f"between measured contexts {lower.T} and {upper.T} at batch {upper.B}, {agree}"
+        return self._pick(number, upper, "interpolated", where + self._but_stale)
+
+    @property
+    def _but_stale(self) -> str:
+        return f", but {self.__dict__['stale']}" if self.__dict__["stale"] else ""
 
     def _pick(self, number: int, entry: DispatchEntry, status: Status, reason: str) -> Choice:
         return Choice(

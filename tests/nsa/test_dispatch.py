@@ -127,7 +127,8 @@ def test_an_unmeasured_batch_takes_the_next_larger_measured_one():
     assert (choice.path, choice.status) == ("packed", "bucket")
     assert "4" in choice.reason
     assert found.lookup(problem(B=4)).status == "exact"
-    assert found.lookup(problem(B=9)).status == "extrapolated"
+    beyond = found.lookup(problem(B=9))
+    assert (beyond.path, beyond.status) == ("varlen", "extrapolated")
 
 
 def test_between_contexts_that_agree_the_upper_parameters_are_taken():
@@ -138,18 +139,19 @@ def test_between_contexts_that_agree_the_upper_parameters_are_taken():
     assert "96" in choice.reason
 
 
-def test_between_contexts_that_disagree_the_default_is_taken_and_says_so():
+def test_between_contexts_that_disagree_the_upper_one_is_taken_and_says_so():
     found = table(entry(problem(), "packed"), entry(problem(T=96), "varlen"))
     choice = found.lookup(problem(T=64))
-    assert (choice.path, choice.status, choice.entry) == ("gather", "default", "")
+    assert (choice.path, choice.status, choice.entry) == ("varlen", "interpolated", "run#1")
+    assert "disagree" in choice.reason
     assert "packed" in choice.reason
     assert "varlen" in choice.reason
 
 
 @pytest.mark.parametrize("context", [16, 128])
-def test_beyond_the_measured_contexts_the_default_is_taken_as_extrapolated(context):
-    choice = table(entry(problem(), "packed"), entry(problem(T=96), "packed")).lookup(problem(T=context))
-    assert (choice.path, choice.status) == ("gather", "extrapolated")
+def test_beyond_the_measured_contexts_the_nearest_one_is_taken_as_extrapolated(context):
+    choice = table(entry(problem(), "packed"), entry(problem(T=96), "varlen")).lookup(problem(T=context))
+    assert (choice.path, choice.status) == ("packed" if context < 32 else "varlen", "extrapolated")
     assert "[32, 96]" in choice.reason
 
 

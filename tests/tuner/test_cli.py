@@ -152,9 +152,8 @@ def test_a_fresh_process_takes_the_tables_picks_and_says_so(swept: Swept) -> Non
         assert (path, status, tier) == (entries[T].path, "exact", "user")
         assert entries[T].parameters.items() <= parameters.items()
         assert entry == f"{Path(swept.shown['run']).name}#{number}"
-    agree = entries[32].path == entries[64].path
-    assert found[48][2] == ("interpolated" if agree else "default")
-    assert found[128][2] == "extrapolated"
+    assert (found[48][0], found[48][2]) == (entries[64].path, "interpolated")
+    assert (found[128][0], found[128][2]) == (entries[64].path, "extrapolated")
 
 
 def test_another_users_process_does_not(tmp_path: Path, swept: Swept) -> None:
