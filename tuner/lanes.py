@@ -27,6 +27,8 @@ UNITS_AT_LEAST = {"cpu": 2, "cuda": 1}
 """In the 1 % lane, so that the 4 % lane is within half a per cent of what it says; on a GPU a unit must outlast its own
 launch, or a few of them cost less than the many by which they are calibrated."""
 LARGEST_UNIT = 2**16
+LEAST_SHARE = 0.05
+"""Of a sample, that units worth half a sample may read on a machine too loud to calibrate on."""
 WARM_UP_CALLS, WARM_UP_US = 8, 4000.0
 """Untimed calls of either side before a pair, at most for so long. What ran less of late starts slower: the same code
 as head read +2 % in the first sample and +0.1 % from the eighth on, since base runs in every lane and head in one."""
@@ -142,7 +144,7 @@ class Stand:
         for turn in range(CALIBRATIONS - 6 * bool(self.shares)):
             base_us, other_us = self.pair("aa", base_first=turn % 2 == 0)
             self.shares.append((other_us / base_us - 1.0) / self.many)
-        share = max(statistics.median(self.shares), 1e-6)
+        share = max(statistics.median(self.shares), LEAST_SHARE / self.many)  # `many` were meant as half a sample
         self.extra = {lane: max(wanted > 0, round(wanted / share)) for lane, wanted in INJECTED.items()}
         self.injected = {lane: extra * share for lane, extra in self.extra.items()}
         for lane in INJECTED:

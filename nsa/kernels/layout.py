@@ -60,7 +60,7 @@ def load_rows(
     PADDED: tl.constexpr,
     BS: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
-    CLEAR: tl.constexpr,
+    CLEAR: tl.constexpr = False,
 ):
     """Rows first .. first + BS of (b, g), columns COLUMN .. COLUMN + PADDED, as (BS, PADDED); zero past the edges.
 
