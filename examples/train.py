@@ -32,7 +32,10 @@ BYTES = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """Sizes of a run. ``vocabulary`` beyond 256 gives the model the size and the output layer it is named for."""
+    """Sizes of a run. ``vocabulary`` beyond 256 gives the model the size and the output layer it is named for.
+
+    ``path``: of selection, where neither a flag nor ``--path`` names one; None = dispatch.
+    """
 
     layer: NSAConfig
     layers: int
@@ -43,6 +46,7 @@ class Preset:
     vocabulary: int = BYTES
     autocast: bool = False
     synthetic: bool = False
+    path: str | None = None
 
 
 SMALL = NSAConfig(
@@ -53,7 +57,7 @@ PRESETS = {
     "small": Preset(layer=SMALL, layers=2, batch=8, sequence=256, steps=120, learning_rate=2e-3),
     "125m": Preset(
         layer=NSAConfig(dim=768, num_heads=12, num_kv_heads=2, head_dim=64), layers=12, batch=16, sequence=2048,
-        steps=60, learning_rate=3e-4, vocabulary=50304, autocast=True,
+        steps=60, learning_rate=3e-4, vocabulary=50304, autocast=True, path="triton_union",
     ),
     "pr31": Preset(
         layer=NSAConfig(dim=256, num_heads=8, num_kv_heads=2, head_dim=32), layers=2, batch=1, sequence=1024,
@@ -183,15 +187,17 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, help="instead of the preset's")
     parser.add_argument("--batch", type=int, help="sequences a step, instead of the preset's")
-    parser.add_argument("--path", help="force this selection path; default: the flags', else the dispatch table's")
+    parser.add_argument(
+        "--path", help="force this selection path; auto: the dispatch table's; default: the flags', else the preset's"
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks and the loss")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder that receives records/")
     parser.add_argument("--commit", default="", help="commit to record where no git repository is at hand")
     asked = parser.parse_args()
     changes = {name: getattr(asked, name) for name in ("steps", "batch") if getattr(asked, name)}
     preset, flags = replace(PRESETS[asked.preset], **changes), read_flags()
-    if asked.path:
-        flags = msgspec.structs.replace(flags, path=asked.path)
+    path = asked.path or flags.path or preset.path
+    flags = msgspec.structs.replace(flags, path=None if path == "auto" else path)
     folder = train(
         asked.preset, preset, torch.device(asked.device), flags, asked.out, compiled=asked.compile, commit=asked.commit
     )

@@ -146,7 +146,7 @@ def test_a_failure_becomes_a_record_and_is_raised(example: ModuleType, tmp_path:
 
 def test_a_forced_path_that_cannot_run_is_recorded_as_unsupported(example: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedPathError):
-        run(example, tiny(example), tmp_path, Flags(path="triton_decode"))
+        run(example, tiny(example), tmp_path, Flags(path="varlen", reserves={"varlen": {"backend": "flash_attn"}}))
     (file,) = tmp_path.glob("**/training.jsonl")
     assert [record.outcome for record in TrainingFolder(file.parent).lines.read()] == ["unsupported"]
 
