@@ -95,10 +95,10 @@ def walk(
     columns = tl.arange(0, BN)
     for i in range(tl.cdiv(stop - begin, BN)):
         start = begin + i * BN
-        k0 = load_rows(K0, b, g, start, there - start, skb, skg, skt, 0, DK, DK0, BN, DESCRIPTOR)
+        k0 = load_rows(K0, b, g, start, there - start, skb, skg, skt, 0, DK, DK0, BN, DESCRIPTOR, False)
         score = tl.dot(q0, tl.trans(k0), input_precision="ieee")
         if DK1 > 0:
-            k1 = load_rows(K1, b, g, start, there - start, skb, skg, skt, DK0, DK, DK1, BN, DESCRIPTOR)
+            k1 = load_rows(K1, b, g, start, there - start, skb, skg, skt, DK0, DK, DK1, BN, DESCRIPTOR, False)
             score = tl.dot(q1, tl.trans(k1), score, input_precision="ieee")
         if MASKED:
             key = start + columns
@@ -108,7 +108,7 @@ def walk(
         weight = tl.math.exp2(score * scale2 - (new_top * scale2)[:, None])
         decay = tl.math.exp2((top - new_top) * scale2)
         total = total * decay + tl.sum(weight, 1)
-        v = load_rows(V, b, g, start, there - start, svb, svg, svt, 0, DV, DVP, BN, DESCRIPTOR)
+        v = load_rows(V, b, g, start, there - start, svb, svg, svt, 0, DV, DVP, BN, DESCRIPTOR, False)
         out = tl.dot(weight.to(v.dtype), v, out * decay[:, None], input_precision="ieee")
         top = new_top
     return out, top, total

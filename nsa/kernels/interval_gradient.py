@@ -42,12 +42,12 @@ def walk_keys(
     columns = tl.arange(0, BN)
     for i in range(tl.cdiv(stop - begin, BN)):
         start = begin + i * BN
-        k0 = load_rows(K, b, g, start, there - start, skb, skg, skt, 0, DK, DK0, BN, False)
+        k0 = load_rows(K, b, g, start, there - start, skb, skg, skt, 0, DK, DK0, BN, False, False)
         score = tl.dot(q0, tl.trans(k0), input_precision="ieee")
         if DK1 > 0:
-            k1 = load_rows(K, b, g, start, there - start, skb, skg, skt, DK0, DK, DK1, BN, False)
+            k1 = load_rows(K, b, g, start, there - start, skb, skg, skt, DK0, DK, DK1, BN, False, False)
             score = tl.dot(q1, tl.trans(k1), score, input_precision="ieee")
-        v = load_rows(V, b, g, start, there - start, svb, svg, svt, 0, DV, DVP, BN, False)
+        v = load_rows(V, b, g, start, there - start, svb, svg, svt, 0, DV, DVP, BN, False, False)
         change = tl.dot(grad, tl.trans(v), input_precision="ieee")
         weight = tl.math.exp2(score * scale2 - logsum[:, None])
         key = start + columns
@@ -168,11 +168,11 @@ def nsa_interval_gradient_key(
     start = ((pid // (G * SPLITS)) % tiles) * BN
     b = pid // (G * SPLITS * tiles)
     key = start + tl.arange(0, BN)
-    k0 = load_rows(K, b, g, start, keys - start, skb, skg, skt, 0, DK, DK0, BN, False)
+    k0 = load_rows(K, b, g, start, keys - start, skb, skg, skt, 0, DK, DK0, BN, False, False)
     k1 = k0
     if DK1 > 0:
-        k1 = load_rows(K, b, g, start, keys - start, skb, skg, skt, DK0, DK, DK1, BN, False)
-    v = load_rows(V, b, g, start, keys - start, svb, svg, svt, 0, DV, DVP, BN, False)
+        k1 = load_rows(K, b, g, start, keys - start, skb, skg, skt, DK0, DK, DK1, BN, False, False)
+    v = load_rows(V, b, g, start, keys - start, svb, svg, svt, 0, DV, DVP, BN, False, False)
     dk0 = tl.zeros([BN, DK0], tl.float32)
     dk1 = tl.zeros([BN, DK1 if DK1 > 0 else 16], tl.float32)
     dv = tl.zeros([BN, DVP], tl.float32)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 
 from ..problem import SelectionProblem
 from ..trace import ParameterValue
-from .support import Ladder, capability_reason, interpreted, loads_reason, padded, shared_reason
+from .support import Ladder, device_reason, loads_ladder, loads_reason, padded, shared_reason
 
 FORWARD = r"^nsa_interval_forward$"
 QUERY_GRADIENT = r"^nsa_interval_gradient_query$"
@@ -20,7 +18,6 @@ def ladders(path: str, problem: SelectionProblem, device: torch.device) -> list[
     a thread (0 = as many as the compiler wants); in mode train the same of the backward's two kernels, and the
     ``splits`` of a key tile's queries (0 = enough to fill a GPU)."""
     wide = problem.dtype == "float32"
-    descriptor = loads_reason(path, "descriptor", problem, device) is None
     large = max(problem.Dk, problem.Dv) > 128
     heads = padded(problem.h)
     tiles = tuple(size for size in (1, 2, 4, 8, 16, 32, 64) if 16 <= size * heads <= 256) or (1,)
@@ -33,7 +30,7 @@ def ladders(path: str, problem: SelectionProblem, device: torch.device) -> list[
         {"name": "keys", "ladder": (32, 64, 128), "default": 32 if wide else 64},
         {"name": "warps", "ladder": (4, 8), "default": 4 if wide else 8},
         {"name": "stages", "ladder": (1, 2, 3), "default": 1 if wide else 2},
-        {"name": "loads", "ladder": ("pointer", "descriptor") if descriptor else ("pointer",), "default": "pointer"},
+        loads_ladder(path, problem, device),
         {"name": "registers", "ladder": (0, 128), "default": 0 if wide or large else 128},
     ]
     if problem.mode != "train":
@@ -55,20 +52,14 @@ def reason(
     path: str, problem: SelectionProblem, device: torch.device, parameters: dict[str, ParameterValue]
 ) -> str | None:
     """Why the interval kernels cannot run the problem on the device; None if they can."""
-    if find_spec("triton") is None:
-        return f"{path} needs the package triton"
     if problem.dtype == "float64":
         return f"{path} has no float64"
     if max(problem.Dk, problem.Dv) > 256:
         return f"{path} needs head dims up to 256, got {problem.Dk} and {problem.Dv}"
     if problem.h > 64:
         return f"{path} needs up to 64 query heads per group, got {problem.h}"
-    if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        if why := capability_reason(path, index):
-            return why
-    elif not (device.type == "cpu" and interpreted()):
-        return f"{path} needs a CUDA device, or Triton's interpreter on a CPU"
+    if why := device_reason(path, device):
+        return why
     values = {ladder["name"]: ladder["default"] for ladder in ladders(path, problem, device)} | parameters
     if why := loads_reason(path, str(values["loads"]), problem, device):
         return why

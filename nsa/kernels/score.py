@@ -28,8 +28,6 @@ from .layout import LOG2E, LOWEST, load_query, load_rows, power_of_two, unit_las
 
 CHUNK_ELEMENTS = 2**26
 """Sums held at once: 256 MiB in float32, 512 MiB in float64."""
-PART_TILES = 8
-"""Key tiles of a program, at least: fewer load its queries in vain, more leave processors idle at a chunk's end."""
 RANK_BLOCKS = 1024
 """Blocks that one warp ranks: 32 for each lane."""
 
@@ -57,10 +55,12 @@ def log_sums(
     keys = tl.max(end, 0)
     for i in range(tl.cdiv(keys, BN)):
         start = i * BN + keys * 0
-        k0 = load_rows(K0, b, g, start, keys - start, skb, skg, skt, 0, DK, DK0, BN, DESCRIPTOR).to(q0.dtype)
+        k0 = load_rows(K0, b, g, start, keys - start, skb, skg, skt, 0, DK, DK0, BN, DESCRIPTOR, False).to(q0.dtype)
         score = tl.dot(q0, tl.trans(k0), input_precision="ieee", out_dtype=sum_type(q0))
         if DK1 > 0:
-            k1 = load_rows(K1, b, g, start, keys - start, skb, skg, skt, DK0, DK, DK1, BN, DESCRIPTOR).to(q0.dtype)
+            k1 = load_rows(K1, b, g, start, keys - start, skb, skg, skt, DK0, DK, DK1, BN, DESCRIPTOR, False).to(
+                q0.dtype
+            )
             score = tl.dot(q1, tl.trans(k1), score, input_precision="ieee", out_dtype=sum_type(q0))
         key = start + tl.arange(0, BN)
         score = tl.where(key[None, :] < end[:, None], score * SCALE2, -float("inf"))
@@ -70,17 +70,16 @@ def log_sums(
     return tl.where(total > 0, top + tl.log2(tl.where(total > 0, total, 1.0)), float("inf"))
 
 
-@triton.jit(do_not_specialize=["FIRST", "S", "keys", "first", "parts"])
+@triton.jit(do_not_specialize=["FIRST", "S", "keys", "first"])
 def nsa_score_tokens(
-    Q, K0, K1, LSE, SUMS, FIRST, POSITION, S, first, keys, parts, G, spb, sps, sqb, sqs, sqg, sqh, skb, skg, skt,
+    Q, K0, K1, LSE, SUMS, FIRST, POSITION, S, first, keys, G, spb, sps, sqb, sqs, sqg, sqh, skb, skg, skt,
     slb, sls, slg, slh, plane,
     H: tl.constexpr, HP: tl.constexpr, DK: tl.constexpr, DK0: tl.constexpr, DK1: tl.constexpr, KERNEL: tl.constexpr,
     STRIDE: tl.constexpr, RATIO: tl.constexpr, SCALE2: tl.constexpr, TOKENS: tl.constexpr, BN: tl.constexpr,
     DESCRIPTOR: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * G * tiles * parts,): tiles of the S queries from ``first`` on, each part of its keys -> SUMS (B, G, S,
-    RATIO, plane), token i at (i % RATIO, i // RATIO), up to the tile's last existing one; what lies beyond a row's own
-    is not its probability.
+    """Grid (B * G * tiles,): tiles of the S queries from ``first`` on -> SUMS (B, G, S, RATIO, plane), token i at
+    (i % RATIO, i // RATIO), up to the tile's last existing one; what lies beyond a row's own is not its probability.
 
     Scores stand transposed, (keys, rows): the heads of a token are then neighbouring columns, most of them in one
     thread, and adding them up takes few shuffles.
@@ -88,10 +87,9 @@ def nsa_score_tokens(
     M: tl.constexpr = TOKENS * HP
     pid = tl.program_id(0)
     tiles = tl.cdiv(S, TOKENS)
-    part = pid % parts
-    tile = tiles - 1 - pid // parts % tiles
-    g = (pid // (tiles * parts)) % G
-    b = pid // (tiles * parts * G)
+    tile = tiles - 1 - pid % tiles
+    g = (pid // tiles) % G
+    b = pid // (tiles * G)
     rows = tl.arange(0, M)
     member = rows // HP
     head = rows % HP
@@ -119,14 +117,14 @@ def nsa_score_tokens(
         logsum = tl.where(there, logsum, float("inf"))
     row = (((b * G + g) * S + tile * TOKENS).to(tl.int64) + tokens) * (RATIO * plane)
     kept = tile * TOKENS + tokens < S
-    length = tl.cdiv(tl.cdiv(stop, parts), BN) * BN
-    low = part * length
-    for i in range(tl.cdiv(tl.minimum(low + length, stop) - low, BN)):
-        begin = low + i * BN
-        k0 = load_rows(K0, b, g, begin, stop - begin, skb, skg, skt, 0, DK, DK0, BN, DESCRIPTOR).to(q0.dtype)
+    for i in range(tl.cdiv(stop, BN)):
+        begin = i * BN + stop * 0
+        k0 = load_rows(K0, b, g, begin, stop - begin, skb, skg, skt, 0, DK, DK0, BN, DESCRIPTOR, False).to(q0.dtype)
         score = tl.dot(k0, tl.trans(q0), input_precision="ieee", out_dtype=sum_type(q0))
         if DK1 > 0:
-            k1 = load_rows(K1, b, g, begin, stop - begin, skb, skg, skt, DK0, DK, DK1, BN, DESCRIPTOR).to(q0.dtype)
+            k1 = load_rows(K1, b, g, begin, stop - begin, skb, skg, skt, DK0, DK, DK1, BN, DESCRIPTOR, False).to(
+                q0.dtype
+            )
             score = tl.dot(k1, tl.trans(q1), score, input_precision="ieee", out_dtype=sum_type(q0))
         weight = tl.exp2(score * SCALE2 - logsum[None, :])
         total = tl.sum(tl.reshape(weight, [BN, TOKENS, HP]), 2)
@@ -199,16 +197,17 @@ def nsa_rank_blocks(
 
 def tiles(query: Tensor, key: Tensor, wide: bool) -> dict[str, ParameterValue]:
     """Tile and launch for query (B, S, G, h, Dk) and key (B, G, N, Dk); ``wide``: scores are float64."""
-    rows = 64 if wide else 128
     aligned = all(stride * key.element_size() % 16 == 0 for stride in key.stride()[:3]) and key.data_ptr() % 16 == 0
     modern = key.is_cuda and torch.cuda.get_device_capability(key.device) >= (9, 0)
+    large = query.shape[4] > 128
+    bulk = aligned and modern and not wide
     return {
-        "tokens": max(1, rows // power_of_two(query.shape[3])),
+        "tokens": max(1, (64 if wide else 128 if large else 256) // power_of_two(query.shape[3])),
         "keys": 32 if wide else 64,
-        "warps": 4,
+        "warps": 4 if wide or large else 8,
         "stages": 1 if wide else 2,
-        "loads": "descriptor" if aligned and modern and not wide else "pointer",
-        "registers": 0,
+        "loads": "descriptor" if bulk else "pointer",
+        "registers": 112 if bulk and not large else 0,
     }
 
 
@@ -266,9 +265,8 @@ def choose(
         upto = existing_keys(interval, first + count, key.shape[2])
         reach = blocks if positions is not None else (position + first + count - 1) // block_size + 1
         if upto:
-            parts = 1 if logsum is None else max(1, min(8, upto // (PART_TILES * int(keys))))
-            nsa_score_tokens[(batch * groups * triton.cdiv(count, tile) * parts,)](
-                query, *sources, logsum, sums, position, positions, count, first, upto, parts, groups,
+            nsa_score_tokens[(batch * groups * triton.cdiv(count, tile),)](
+                query, *sources, logsum, sums, position, positions, count, first, upto, groups,
                 *position_strides, *query.stride()[:4], *key.stride()[:3], *logsum_strides, plane,
                 **constants, **rule, RATIO=ratio, SCALE2=scale * LOG2E, TOKENS=tile, BN=int(keys),
                 DESCRIPTOR=loads == "descriptor", **launch,
