@@ -58,8 +58,8 @@ DEFAULT_PATHS: dict[Operation, dict[tuple[str, Mode], tuple[str, ...]]] = {
         ("cuda", "train"): ("sdpa_compressed",),
     },
 }
-"""Where nothing was measured: of these the first that can run the problem, the last one always can. Each was seen right and
-fast on its kind of device in its mode; the Triton routes' backward was not yet swept on a GPU."""
+"""Where nothing was measured: of these the first that can run the problem, the last one always can. Each was seen right
+and fast on its kind of device in its mode; the Triton routes' backward was not yet swept on a GPU."""
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
