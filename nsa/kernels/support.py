@@ -64,6 +64,8 @@ def device_reason(path: str, device: torch.device) -> str | None:
     if find_spec("triton") is None:
         return f"{path} needs the package triton"
     if device.type == "cuda":
+        if not torch.cuda.is_available():
+            return f"{path} needs a CUDA device, and this torch finds none"
         return capability_reason(path, torch.cuda.current_device() if device.index is None else device.index)
     if device.type == "cpu" and interpreted():
         return None
