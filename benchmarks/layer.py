@@ -24,10 +24,10 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nsa.compression import MeanCompressor, compressed_attention
+from nsa.device import installed
 from nsa.dispatch import selection_attention
 from nsa.mix import mix_branches
 from nsa.paths import PATHS
-from nsa.paths.base import installed
 from nsa.scoring import choose_blocks
 from nsa.selection import LogSums, Selection
 from nsa.trace import record_paths

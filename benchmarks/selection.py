@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import msgspec
 import torch
 from torch import Tensor
+from triton.errors import TritonError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
@@ -38,10 +39,13 @@ from selection_clock import Clock, Replay
 from selection_gradients import GradientSpots, gradients, with_leaves
 
 import nsa
+from nsa.errors import NSAError
 from nsa.problem import SelectionProblem
-from tuner.check import Oracle
+from tuner.check import Oracle, WrongResult
 from tuner.inputs import Inputs, make_inputs
 
+FAILURES = (NSAError, WrongResult, TritonError, torch.OutOfMemoryError)
+"""Of a candidate: a record, not the end of the run. Anything else is a fault of this run, and ends it."""
 FLOPS_PER_US, BYTES_PER_US = 790e6, 4.3e6
 """Measured bf16 matmul and copy of the device that the floors are for, an H200."""
 ROTATION_BYTES = 130e6
@@ -183,10 +187,8 @@ def bench(name: str, kind: str, candidates: list[Candidate], clock: Clock, devic
                     call = lambda candidate=candidate, case=case: candidate.run(case)  # noqa: E731
                 record |= {"outcome": "ok", "error": oracle.compare(call(), candidate.name)}  # type: ignore[arg-type, call-arg]
                 ready.append((candidate, case, call))
-            except Exception as error:  # a candidate that fails is a record, not the end of the run
+            except FAILURES as error:
                 record |= {"outcome": type(error).__name__, "reason": str(error)[:300]}
-                if "illegal memory" in str(error):
-                    raise
             records.append(record)
         timed = iter(measure(kind, ready, rotation, clock, budget_s))
     for record in records:
@@ -231,7 +233,7 @@ def compile_ahead(job: tuple[str, str, dict[str, Any]]) -> None:
         else:
             run(inputs)
         torch.cuda.synchronize()
-    except Exception as error:  # noqa: BLE001
+    except FAILURES as error:
         print("compile", name, entry, str(error)[:200], file=sys.stderr)
     torch.cuda.empty_cache()
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .device import installed
 from .problem import SelectionProblem
 from .selection import Structure
 
@@ -55,7 +56,7 @@ def flash_attn_attention(
     return torch.unflatten(out, 2, query.shape[2:4])
 
 
-def flash_attn_reason(problem: SelectionProblem, device: torch.device, installed: bool) -> str | None:
+def flash_attn_reason(problem: SelectionProblem, device: torch.device) -> str | None:
     """Why ``flash_attn_func`` cannot run a problem; None if it can."""
     if device.type != "cuda":
         return "flash_attn needs a CUDA device"
@@ -63,7 +64,7 @@ def flash_attn_reason(problem: SelectionProblem, device: torch.device, installed
         return f"flash_attn needs float16 or bfloat16, got {problem.dtype}"
     if problem.Dk != problem.Dv or problem.Dk % 8 or problem.Dk > 256:
         return f"flash_attn needs Dk == Dv, a multiple of 8 and at most 256, got {problem.Dk} and {problem.Dv}"
-    return None if installed else "flash_attn needs the package flash-attn"
+    return None if installed("flash_attn") else "flash_attn needs the package flash-attn"
 
 
 def by_strides(query: Tensor, structure: Structure, attend: Callable[[Tensor, int], Tensor]) -> Tensor:

@@ -100,9 +100,15 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+@cache
+def installed(module: str) -> bool:
+    """Whether a package can be imported, without importing it."""
+    return importlib.util.find_spec(module) is not None
+
+
 def _version(module: str) -> str:
     """Version of an installed package; of the module itself where it was installed without metadata."""
-    if importlib.util.find_spec(module) is None:
+    if not installed(module):
         return ""
     try:
         return metadata.version(module)

@@ -10,8 +10,8 @@ from typing import Literal, cast
 
 from torch import Tensor
 
+from .device import installed
 from .opaque import opaque
-from .scoring import triton_there
 
 Route = Literal["auto", "torch", "triton"]
 
@@ -21,7 +21,7 @@ def mix_branches(
     gates: Tensor, compression: Tensor, selection: Tensor, window: Tensor, *, route: Route = "auto"
 ) -> Tensor:
     """gates (B, S, G, h, 3), branches (B, S, G, h, Dv), one dtype -> (B, S, G, h, Dv), summed in float32 or wider."""
-    fused = route == "triton" or (route == "auto" and gates.is_cuda and triton_there())
+    fused = route == "triton" or (route == "auto" and gates.is_cuda and installed("triton"))
     if fused and gates.dtype == compression.dtype == selection.dtype == window.dtype:
         from .kernels.mix import MixFunction  # Triton, loaded when first run
 

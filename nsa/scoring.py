@@ -14,8 +14,7 @@ scores that agree to 32 mantissa bits (2.3e-10) count as tied, which keeps ties 
 
 from __future__ import annotations
 
-from functools import cache, partial
-from importlib.util import find_spec
+from functools import partial
 from typing import Literal
 
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import ArgumentError, UnsupportedPathError
-from .kernels.support import capability_reason, interpreted
+from .kernels.support import device_reason
 from .opaque import opaque
 from .problem import compressed_count
 from .rows import row_chunks
@@ -134,19 +133,9 @@ def _fused(
 
 def fused_reason(query: Tensor) -> str | None:
     """Why the route ``triton`` cannot run; None if it can, on a GPU or in Triton's interpreter."""
-    if not triton_there():
-        return "scoring by triton needs the package triton"
     if query.shape[4] > 256 or query.shape[3] > 64:
         return f"scoring by triton needs up to 64 heads of head dims up to 256, got {tuple(query.shape[3:])}"
-    if query.device.type == "cuda":
-        return capability_reason("scoring by triton", query.device.index or 0)
-    return None if interpreted() else "scoring by triton needs a CUDA device, or Triton's interpreter on a CPU"
-
-
-@cache
-def triton_there() -> bool:
-    """Whether Triton can be imported, without importing it."""
-    return find_spec("triton") is not None
+    return device_reason("scoring by triton", query.device)
 
 
 @torch.no_grad()

@@ -67,6 +67,7 @@ class Bench:
             oracle_error=checked.error,
             oracle_bound=checked.bound,
             kernels=once.kernels,
+            gpu_kernels=once.gpu_kernels,
             peak_bytes=once.peak_bytes,
             workspace_bytes=report.bytes,
             growths=report.growths,

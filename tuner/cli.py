@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from tuner.checkout import current_commit
-from tuner.gate_cli import clear_errors, mount
+from tuner.gate_cli import CommitOption, DeviceOption, JsonFlag, clear_errors, mount
 
 app = typer.Typer(
     name="nsa-tune",
@@ -23,10 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 OutOption = Annotated[Path, typer.Option(help="Folder that receives records/ (and dispatch_tables/ with --export).")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-CommitOption = Annotated[str, typer.Option(help="Commit to record where no git repository is at hand.")]
 
 
 def version() -> str:

@@ -25,7 +25,7 @@ EffectOption = Annotated[str, typer.Option(help="What counts as a slowdown, such
 BudgetOption = Annotated[str, typer.Option(help="Time for one comparison, such as 90s or 5m.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 OutOption = Annotated[Path, typer.Option(help="Folder that receives the records.")]
-CommitOption = Annotated[str, typer.Option(help="Commit of the tool to record where no git repository is at hand.")]
+CommitOption = Annotated[str, typer.Option(help="Commit to record where no git repository is at hand.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 

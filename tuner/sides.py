@@ -23,7 +23,7 @@ from nsa.paths.base import PathRun
 from nsa.problem import Operation, SelectionProblem
 from nsa.selection import Selection
 from nsa.trace import ParameterValue
-from tuner.attest import FellBack, attest, attest_replay
+from tuner.attest import FellBack, attest_replay
 from tuner.bench import Bench, captured
 from tuner.compare_record import AUTO, Facts, Scenario, Side
 from tuner.inputs import Inputs
@@ -212,20 +212,18 @@ class SideBench(Bench):
         candidate, status = Candidate(path=chosen.path, parameters=chosen.parameters), chosen.status
         found = self.assess(candidate, True)
         if found.outcome == "ok" and scenario.problem.execution == "graph":
-            self._hold_replay(candidate)
+            self._hold_replay(found)
         elif found.outcome == "ok":
             self.paths[AUTO] = dispatched_path(self.loaded, chosen)
             found = self.assess(Candidate(path=AUTO), False)
         return facts_of(found, candidate, status)
 
-    def _hold_replay(self, chosen: Candidate) -> None:
+    def _hold_replay(self, found: Assessment) -> None:
         """A dispatched call's replay launches the choice's kernels and is right. Called eagerly it is another problem,
         for which the table may choose another path. Raises FellBack, WrongResult."""
         assert self.checker is not None, "assess made it"
-        evidence = self.paths[chosen.path].evidence(self.trial.problem, self.device, chosen.parameters, self.lengths)
-        once = attest(self._call(chosen, self._workspace()), evidence, cuda=True)
         call = self.loaded.call(self.scenario, self.inputs, AUTO, {})
-        attest_replay(call, set(once.gpu_kernels))
+        attest_replay(call, set(found.gpu_kernels))
         self.checker.oracle.compare(call(), "the replay of a dispatched call")
 
     def _chosen(self) -> Any:

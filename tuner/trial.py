@@ -33,6 +33,7 @@ class Assessment(msgspec.Struct, frozen=True, kw_only=True):
     oracle_error: float | None = None
     oracle_bound: float | None = None
     kernels: dict[str, int] = {}
+    gpu_kernels: tuple[str, ...] = ()
     peak_bytes: int | None = None
     workspace_bytes: int | None = None
     growths: int | None = None

@@ -9,8 +9,6 @@ from ..trace import ParameterValue
 from .support import Ladder, device_reason, loads_ladder, loads_reason, padded, shared_reason
 
 FORWARD = r"^nsa_interval_forward$"
-QUERY_GRADIENT = r"^nsa_interval_gradient_query$"
-KEY_GRADIENT = r"^nsa_interval_gradient_key$"
 
 
 def ladders(path: str, problem: SelectionProblem, device: torch.device) -> list[Ladder]:

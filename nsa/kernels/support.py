@@ -4,25 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from importlib.util import find_spec
 from typing import TypedDict
 
 import torch
 
+from ..device import installed
 from ..problem import SelectionProblem
 from ..trace import ParameterValue
 
 SHARED_BYTES = 232_448
 """Shared memory that one program can have on sm_90."""
-BACKWARD_PARAMETERS = (
-    "backward_rows",
-    "backward_item_rows",
-    "backward_span",
-    "backward_partial",
-    "backward_warps",
-    "backward_stages",
-    "backward_registers",
-)
 KERNELS = {
     "triton_token": r"^nsa_token_forward$",
     "triton_union": r"^nsa_union_forward$",
@@ -42,7 +33,7 @@ class Ladder(TypedDict):
 
 def common_reason(path: str, problem: SelectionProblem, device: torch.device) -> str | None:
     """Why no Triton path can run the problem on the device; None if some can."""
-    if find_spec("triton") is None:
+    if not installed("triton"):
         return f"{path} needs the package triton"
     if problem.form != "blocks":
         return "needs blocks"
@@ -61,7 +52,7 @@ def common_reason(path: str, problem: SelectionProblem, device: torch.device) ->
 
 def device_reason(path: str, device: torch.device) -> str | None:
     """Why Triton's kernels cannot run on the device; None if they can."""
-    if find_spec("triton") is None:
+    if not installed("triton"):
         return f"{path} needs the package triton"
     if device.type == "cuda":
         if not torch.cuda.is_available():

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from typing import Protocol
 
 import msgspec
@@ -150,12 +149,6 @@ def registered(name: str) -> SelectionPath:
     """
     path: SelectionPath = importlib.import_module(__package__).PATHS[name]
     return path
-
-
-@cache
-def installed(module: str) -> bool:
-    """Whether a package can be imported, without importing it."""
-    return importlib.util.find_spec(module) is not None
 
 
 def need_blocks(problem: SelectionProblem) -> str | None:

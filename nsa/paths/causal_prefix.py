@@ -17,13 +17,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..device import installed
 from ..errors import UnsupportedPathError
 from ..kernels import support
 from ..problem import DTYPE_NAMES, SelectionProblem
 from ..selection import Selection
 from ..trace import ParameterValue, as_part, executed
 from ..workspace import Workspace
-from .base import Evidence, Parameter, Parameters, installed, need_blocks, registered
+from .base import Evidence, Parameter, Parameters, need_blocks, registered
 
 SDPA = r"^aten::scaled_dot_product_attention$"
 FLASH_ATTN = r"flash_attn"

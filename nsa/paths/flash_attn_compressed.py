@@ -12,7 +12,7 @@ from ..problem import SelectionProblem
 from ..selection import Selection
 from ..trace import executed
 from ..workspace import Workspace
-from .base import Evidence, Parameter, Parameters, installed
+from .base import Evidence, Parameter, Parameters
 
 
 def tunables(problem: SelectionProblem, device: torch.device) -> tuple[Parameter, ...]:
@@ -22,7 +22,7 @@ def tunables(problem: SelectionProblem, device: torch.device) -> tuple[Parameter
 
 def unsupported(problem: SelectionProblem, device: torch.device, parameters: Parameters) -> str | None:
     """A GPU, 16 bits, equal head dims, and the package."""
-    return flash_attn_reason(problem, device, installed("flash_attn"))
+    return flash_attn_reason(problem, device)
 
 
 def evidence(

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..device import installed
 from ..problem import SelectionProblem
 from ..rows import (
     flat_positions,
@@ -27,7 +28,7 @@ from ..rows import (
 from ..selection import Selection
 from ..trace import ParameterValue, executed
 from ..workspace import Workspace
-from .base import Evidence, Parameter, Parameters, capture_reason, chunk_parameter, installed, reserve_parameter
+from .base import Evidence, Parameter, Parameters, capture_reason, chunk_parameter, reserve_parameter
 
 KERNELS = {
     "flash_attn": r"^flash_attn::_flash_attn_varlen_forward$",
