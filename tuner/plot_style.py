@@ -102,9 +102,7 @@ def house_style() -> Iterator[None]:
 def sheet(title: str, subtitle: str, caption: str, size_in: tuple[float, float]) -> Figure:
     """An empty figure with its heading (what one sees; device, commit, run) and its caption, wrapped to its width."""
     figure = Figure(figsize=size_in, layout="constrained")
-    figure.suptitle(
-        f"{wrapped(title, size_in[0] * 0.88)}\n{wrapped(subtitle, size_in[0])}", x=0.01, ha="left", fontsize=9
-    )
+    figure.suptitle(wrapped(f"{title}\n{subtitle}", size_in[0] * 0.88), x=0.01, ha="left", fontsize=9)
     figure.supxlabel(wrapped(caption, size_in[0]), x=0.01, ha="left", fontsize=SMALL_PT)
     return figure
 
