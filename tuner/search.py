@@ -169,13 +169,13 @@ class Search:
             return
         self._hold(family, problem)
         default, deadline = self.default(problem), time.monotonic() + self._share(1.0 - SHOOTOUT_SHARE)
+        wanted = [default, *(candidate for candidate in fresh if candidate != default)]
         ready: list[Candidate] = []
-        tried: set[str] = set()
-        for candidate in [default, *(candidate for candidate in fresh if candidate != default)]:
-            if candidate.path in tried and time.monotonic() > deadline:
-                continue
-            tried.add(candidate.path)
+
+        def begun(candidate: Candidate) -> None:
             self._working(family, problem, f"checking {candidate.name}")
+
+        for candidate in self.session.prove(wanted, deadline, thorough=thorough, begun=begun):
             assessment = self.session.assess(candidate, thorough=thorough)
             if assessment.outcome == "ok":
                 ready.append(candidate)

@@ -6,12 +6,16 @@ between ``tuner.search`` (what to measure) and ``tuner.worker`` (where it runs),
 
 from __future__ import annotations
 
+import os
+import queue
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
+import torch
 
 from nsa.paths import Candidate
 from tuner.record import Record
@@ -76,12 +80,22 @@ class Seat:
         self.worker, self.held = None, None
 
 
+def provers_on(device: str) -> int:
+    """Workers that prove side by side: on a GPU half of the cores, since most of a proof is compiling; on a CPU one."""
+    if torch.device(device).type != "cuda":
+        return 1
+    return max(1, min(8, len(os.sched_getaffinity(0)) // 2))
+
+
 class Session:
     """One problem at a time on one device. ``hold`` a trial, then ``assess`` and ``time`` its candidates."""
 
-    def __init__(self, device: str, *, memory_limit_bytes: int = 0, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(
+        self, device: str, *, memory_limit_bytes: int = 0, timeout_s: float = TIMEOUT_S, provers: int | None = None
+    ) -> None:
         self.memory_limit_bytes, self.timeout_s = memory_limit_bytes, timeout_s
-        self.prover, self.timer = (Seat(device, memory_limit_bytes) for _ in range(2))
+        self.provers = [Seat(device, memory_limit_bytes) for _ in range(provers or provers_on(device))]
+        self.prover, self.timer = self.provers[0], Seat(device, memory_limit_bytes)
         self.trial: Trial | None = None
         self.assessed: dict[str, Assessment] = {}
         self.built: set[str] = set()
@@ -93,8 +107,8 @@ class Session:
 
     def close(self) -> None:
         """End both workers."""
-        self.prover.close()
-        self.timer.close()
+        for seat in (*self.provers, self.timer):
+            seat.close()
 
     def ask(self, verb: str, argument: Any = None) -> Any:
         """Ask the timing worker something that needs no trial."""
@@ -112,7 +126,7 @@ class Session:
         known = self.assessed.get(candidate.name)
         if known is not None and (known.outcome != "ok" or candidate.name in self.built):
             return known
-        found = known or self._prove(candidate, thorough)
+        found = known or self._prove(self.prover, candidate, thorough)
         if found.outcome == "ok":
             try:
                 self.timer.ask("build", (candidate,), self.trial, self.timeout_s)
@@ -122,9 +136,40 @@ class Session:
         self.assessed[candidate.name] = found
         return found
 
-    def _prove(self, candidate: Candidate, thorough: bool) -> Assessment:
+    def prove(
+        self, candidates: Sequence[Candidate], until: float, *, thorough: bool, begun: Callable[[Candidate], None]
+    ) -> list[Candidate]:
+        """Prove candidates, side by side where compiling and checking them can be spread over provers.
+
+        Returns those that now have an assessment, in order: all but what had not begun at ``until`` (monotonic
+        seconds), of which still the first of each path is taken.
+        """
+        first = {candidate.path: candidate.name for candidate in reversed(candidates)}
+        seats: queue.SimpleQueue[Seat] = queue.SimpleQueue()
+        for seat in self.provers if thorough else self.provers[:1]:
+            seats.put(seat)
+
+        def one(candidate: Candidate) -> Assessment | None:
+            if candidate.name in self.assessed:
+                return self.assessed[candidate.name]
+            seat = seats.get()
+            try:
+                if time.monotonic() > until and candidate.name != first[candidate.path]:
+                    return None
+                begun(candidate)
+                return self._prove(seat, candidate, thorough)
+            finally:
+                seats.put(seat)
+
+        with ThreadPoolExecutor(seats.qsize()) as pool:
+            found = list(pool.map(one, candidates))
+        proven = [(candidate, known) for candidate, known in zip(candidates, found, strict=True) if known is not None]
+        self.assessed.update({candidate.name: known for candidate, known in proven})
+        return [candidate for candidate, _ in proven]
+
+    def _prove(self, seat: Seat, candidate: Candidate, thorough: bool) -> Assessment:
         try:
-            found: Assessment = self.prover.ask("assess", (candidate, thorough), self.trial, self.timeout_s)
+            found: Assessment = seat.ask("assess", (candidate, thorough), self.trial, self.timeout_s)
         except (CandidateFailed, WorkerDied) as error:
             return Assessment(outcome=error.outcome, reason=error.reason)
         limit = self.memory_limit_bytes

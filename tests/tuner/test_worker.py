@@ -1,5 +1,6 @@
 """Claims about workers: what a candidate does to its process becomes an outcome, and the session goes on."""
 
+import math
 import os
 import signal
 import threading
@@ -193,6 +194,39 @@ def test_a_failure_is_remembered_and_not_tried_again(session: Session) -> None:
     process = session.prover.worker.process.pid
     assert assess(session, "raises") is first
     assert session.prover.worker.process.pid == process
+
+
+# Several provers
+
+
+def test_candidates_proven_side_by_side_have_the_outcomes_that_they_have_alone() -> None:
+    names = ["gather", "exits", "off_by_a_percent", "dense", "runs_packed", "raises"]
+    alone, side_by_side = (Session("cpu", timeout_s=PATIENT_S, provers=count) for count in (1, 3))
+    begun: list[str] = []
+    try:
+        for session in (alone, side_by_side):
+            session.hold(TRIAL)
+            asked = session.prove(
+                [candidate(name) for name in names], math.inf, thorough=True, begun=lambda one: begun.append(one.path)
+            )
+            assert [one.path for one in asked] == names
+        assert sum(seat.worker is not None for seat in side_by_side.provers) == 3
+        assert sorted(begun) == sorted(2 * names)
+        outcomes = [{name: found.outcome for name, found in s.assessed.items()} for s in (alone, side_by_side)]
+        assert outcomes[0] == outcomes[1]
+        assert [alone.assessed[candidate(name).name].outcome for name in names] == [
+            *("ok", "crash", "wrong", "ok", "fell_back", "crash")
+        ]
+    finally:
+        alone.close()
+        side_by_side.close()
+
+
+def test_out_of_time_the_first_candidate_of_each_path_is_still_proven(session: Session) -> None:
+    wanted = [candidate("gather"), candidate("dense"), candidate("gather", row_chunk=16)]
+    asked = session.prove(wanted, 0.0, thorough=True, begun=lambda _: None)
+    assert asked == wanted[:2]
+    assert set(session.assessed) == {one.name for one in wanted[:2]}
 
 
 # Shared rounds
