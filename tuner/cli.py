@@ -96,6 +96,22 @@ def doctor(json: JsonFlag = False) -> None:
 
 
 @app.command()
+def regret(
+    run: Annotated[Path, typer.Argument(help="A run's folder, below OUT/records.")],
+    table: Annotated[Path | None, typer.Option(help="A dispatch table; by default the one in force here.")] = None,
+    hold_out: Annotated[
+        bool, typer.Option(help="Ask for each problem with its own entry left out of the table.")
+    ] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Say how much slower a table's answers are than the best candidate of a run, problem by problem."""
+    from tuner import commands
+
+    with clear_errors():
+        commands.regret(run, table, hold_out=hold_out, json=json)
+
+
+@app.command()
 def plot(
     run: Annotated[
         Path | None, typer.Argument(help="A run's folder, by default the newest below OUT/records; or 'regressions'.")

@@ -21,6 +21,7 @@ from tuner import report
 from tuner.layer_search import LayerSearch
 from tuner.ledger import size_of
 from tuner.record import RunFolder, run_folders
+from tuner.regret import mean_regret, regrets
 from tuner.search import Search
 from tuner.space import EFFORTS, space_of
 from tuner.sweep import SweepDefinition, SweepError, families, read_sweep
@@ -256,6 +257,28 @@ def show(path: Path | None, *, json: bool) -> None:
         f"the nearest at {worst.oracle_error:.2e} of {worst.oracle_bound:.2e}"
     )
     out.print(f"runs: {', '.join(sorted({entry.run_id for entry in table.entries}))}")
+
+
+def regret(run: Path, path: Path | None, *, hold_out: bool, json: bool) -> None:
+    """Print the regret of a table's answers against a run."""
+    folder = RunFolder(run)
+    if not folder.environment_file.exists():
+        raise SweepError(f"no run in {run}: expected a folder with environment.json, as 'nsa-tune sweep' leaves it")
+    table = read_dispatch_table(path) if path else load_dispatch_table()
+    found = regrets(table, folder.records()[0], hold_out=hold_out)
+    if json:
+        emit({"run": str(run), "mean_regret": mean_regret(found), "problems": msgspec.to_builtins(found)})
+        return
+    out = results_console()
+    out.print(report.regret_tables(found))
+    mean = mean_regret(found)
+    unknown = sum(one.regret is None for one in found)
+    text = (
+        "no problem has one"
+        if mean is None
+        else f"{mean:.2%} in the mean, {max(o.regret or 0 for o in found):.2%} at most"
+    )
+    out.print(f"regret: {text}" + (f"; {unknown} of {len(found)} unknown" if unknown else ""))
 
 
 def doctor(*, json: bool) -> None:

@@ -20,6 +20,7 @@ from rich.text import Text
 from nsa.device import device_identity
 from nsa.dispatch_table import DispatchEntry, DispatchTable, default_candidate
 from tuner.record import Environment, Record, Value
+from tuner.regret import Regret
 from tuner.search import Listener
 from tuner.verdict import PICK_ALPHA
 
@@ -195,6 +196,26 @@ def _evidence_table(title: str, entries: Sequence[DispatchEntry], kind: str) -> 
             *ratio_texts(entry, kind), "" if entry.e_value is None else f"{entry.e_value:.1e}", str(entry.pairs),
         )  # fmt: skip
     return table
+
+
+def regret_tables(found: Sequence[Regret]) -> Group:
+    """Each problem: what the table answers, what was fastest, and how much slower the answer is; a table per shape."""
+    tables: dict[str, Table] = {}
+    for one in found:
+        fields = msgspec.to_builtins(one.problem)
+        title = shape_line(fields)
+        if title not in tables:
+            tables[title] = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+            for column in ("mode", "context", "regret", "rounds", "status", "the table answers", "of", "fastest else"):
+                right = column in ("context", "regret", "of")
+                tables[title].add_column(column, justify="right" if right else "left")
+        tables[title].add_row(
+            one.problem.mode + (f" B{one.problem.B}" if one.problem.B > 1 else ""), str(one.problem.T),
+            "unknown" if one.regret is None else f"{one.regret:.2%}",
+            one.reason or f"{one.rounds} {one.stage}", one.status, one.answer, str(one.candidates),
+            "" if one.best == one.answer else one.best,
+        )  # fmt: skip
+    return Group(*tables.values())
 
 
 def level_word(entry: DispatchEntry) -> str:
