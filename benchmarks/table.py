@@ -1,4 +1,4 @@
-"""A device's table in one go: sweep after sweep, checked, timed and exported, within a time limit; run again, it resumes.
+"""A device's table in one go: sweep after sweep, checked, timed and exported, in a time limit; run again, it resumes.
 
     python benchmarks/table.py --out results --time-limit 540
     python benchmarks/table.py --out results --sweeps h200-64-4-prefill,h200-64-4-train
@@ -18,15 +18,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from nsa.device import device_identity
 from tuner.record import RunFolder, run_folders
 from tuner.sweep import read_sweep
 
+ROOT = Path(__file__).parents[1]
 ORDER = (
     *("h200-64-4-prefill", "h200-64-4-decode", "h200-64-4-train"),
     *("h200-16-16-prefill", "h200-16-16-decode", "h200-16-16-train"),
