@@ -77,13 +77,15 @@ def sweep(
 @app.command()
 def show(
     table: Annotated[Path | None, typer.Argument(help="A dispatch table; by default the one in force here.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write it there as a Markdown page.")] = None,
+    records: Annotated[Path, typer.Option(help="Folder of the records that the page names.")] = Path("results/records"),
     json: JsonFlag = False,
 ) -> None:
     """Show a dispatch table: what it picks, why, and how sure it is."""
     from tuner import commands
 
     with clear_errors():
-        commands.show(table, json=json)
+        commands.show(table, markdown=markdown, records=records, json=json)
 
 
 @app.command()

@@ -20,12 +20,13 @@ from nsa.problem import DType, Mode, Operation, SelectionProblem
 from tuner import report
 from tuner.layer_search import LayerSearch
 from tuner.ledger import size_of
-from tuner.record import RunFolder, run_folders
+from tuner.record import RunFolder, run_folders, write_whole
 from tuner.regret import mean_regret, regrets
 from tuner.search import Search
 from tuner.space import EFFORTS, space_of
 from tuner.sweep import SweepDefinition, SweepError, families, read_sweep
 from tuner.table import write_table
+from tuner.table_page import page
 
 DEFAULT_REGISTRY = "nsa.paths:PATHS"
 PR31: dict[Operation, dict[str, Any]] = {
@@ -239,9 +240,13 @@ def seconds(text: str) -> float:
     return value
 
 
-def show(path: Path | None, *, json: bool) -> None:
-    """Print a table with its evidence."""
+def show(path: Path | None, *, markdown: Path | None, records: Path, json: bool) -> None:
+    """Print a table with its evidence, or write it as a page."""
     table = read_dispatch_table(path) if path else load_dispatch_table()
+    if markdown:
+        write_whole(markdown, page(table, records).encode())
+        print(markdown)
+        return
     if json:
         sys.stdout.buffer.write(table.encode())
         return

@@ -16,7 +16,7 @@ import msgspec
 from nsa.device import DeviceIdentity, SoftwareIdentity
 from nsa.dispatch_table import DispatchEntry, DispatchTable, read_dispatch_table
 from nsa.errors import DispatchTableError
-from nsa.paths import Candidate
+from nsa.paths import PATHS, Candidate
 from nsa.problem import SelectionProblem
 from tuner import stats, verdict
 from tuner.layer import LAYER, LayerSizes, choices_of
@@ -36,13 +36,23 @@ def entries_of(records: Iterable[Record]) -> list[DispatchEntry]:
         if any(record.path == LAYER for record in group):
             found.update({entry.problem(): entry for entry in layer_entries(timed)})
             continue
-        entry = entry_of(timed)
-        if entry is None:
-            continue
-        before = found.get(entry.problem())
-        if before is None or PATTERN_RANK.index(entry.pattern) <= PATTERN_RANK.index(before.pattern):
-            found[entry.problem()] = entry
+        for entry in filter(None, (entry_of(timed), incomplete_entry(timed))):
+            before = found.get(entry.problem())
+            if before is None or PATTERN_RANK.index(entry.pattern) <= PATTERN_RANK.index(before.pattern):
+                found[entry.problem()] = entry
     return list(found.values())
+
+
+def incomplete_entry(records: list[Record]) -> DispatchEntry | None:
+    """From a shoot-out over complete selections, the pick for those that do not say so.
+
+    To say so changes no kernel; it only lets some paths run. Without these the same rounds decide the same way. None
+    where none of them ran.
+    """
+    rest = [record for record in records if record.path not in PATHS or not PATHS[record.path].needs_complete]
+    if len(rest) == len(records):
+        return None
+    return entry_of([msgspec.structs.replace(record, problem={**record.problem, "complete": False}) for record in rest])
 
 
 def entry_of(records: list[Record]) -> DispatchEntry | None:

@@ -19,6 +19,7 @@ PARAMETERS = {
     "gather": {"row_chunk": 0},
     "dense": {"query_chunk": 0},
     "packed": {"bucket_rounding": 16, "row_chunk": 0},
+    "causal_prefix": {"prefix": "flash", "inner": "gather"},
 }
 ROUNDS = 60
 
@@ -75,6 +76,19 @@ def test_a_certified_winner_gets_the_entry_with_its_evidence() -> None:
     assert (entry.peak_bytes, entry.oracle_error, entry.oracle_bound) == (1000, 1e-7, 1e-6)
     assert entry.kernels == ("aten::bmm", "aten::mm")
     assert (entry.run_id, entry.date, entry.pattern) == ("new-run", "2026-11-22", "scored")
+
+
+def test_a_shoot_out_over_complete_selections_serves_those_that_do_not_say_so() -> None:
+    prefill = {"mode": "prefill", "S": 32, "complete": True}
+    us = {"dense": 100.0, "gather": 60.0, "causal_prefix": 40.0}
+    records = [
+        record(path, time, baseline=path == "dense", problem=msgspec.to_builtins(problem(32, **prefill)))
+        for path, time in us.items()
+    ]
+    entries = {entry.complete: entry for entry in entries_of(records)}
+    assert {complete: entry.path for complete, entry in entries.items()} == {True: "causal_prefix", False: "gather"}
+    assert entries[False].ratio == pytest.approx(0.6, rel=0.02)
+    assert [entry.complete for entry in entries_of(records[:2])] == [True]
 
 
 def test_a_tie_keeps_the_default_and_names_who_is_tied() -> None:

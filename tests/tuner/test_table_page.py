@@ -1,0 +1,44 @@
+"""Claims about a table's page: an entry is a cell, a tie says so, and the committed page comes from committed files."""
+
+import re
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from nsa.dispatch_table import DispatchTable, read_dispatch_table
+from tuner.table_page import page
+
+ROOT = Path(__file__).parents[2]
+TABLES = sorted((ROOT / "results" / "dispatch_tables").glob("*.json"))
+
+
+def cells(text: str) -> list[str]:
+    """Cells that name a path."""
+    return [cell.strip() for line in text.splitlines() for cell in line.split("|") if cell.strip().startswith("`")]
+
+
+@pytest.mark.parametrize("file", TABLES, ids=lambda file: file.stem)
+def test_the_committed_page_is_that_of_the_committed_table_and_records(file: Path) -> None:
+    table = read_dispatch_table(file)
+    text = page(table, ROOT / "results" / "records")
+    assert file.with_suffix(".md").read_text() == text
+    assert len(cells(text)) == len(table.entries)
+    assert "records are not here" not in text
+
+
+@pytest.mark.parametrize("file", TABLES, ids=lambda file: file.stem)
+def test_every_cell_of_the_readme_stands_on_a_committed_page(file: Path) -> None:
+    shown = re.findall(r"`\w+` [\d.]+ [mu]s, [^|]*\]", (ROOT / "README.md").read_text())
+    assert shown
+    known = cells(file.with_suffix(".md").read_text())
+    assert [cell for cell in shown if not any(one.startswith(cell) for one in known)] == []
+
+
+def test_a_pick_that_is_not_certified_says_so(tmp_path: Path) -> None:
+    table = read_dispatch_table(TABLES[0])
+    entry = msgspec.structs.replace(table.entries[0], ratio=0.98, ratio_low=0.9, ratio_high=1.1)
+    text = page(DispatchTable(device=table.device, software=table.software, entries=(entry,)), tmp_path)
+    (only,) = cells(text)
+    assert only.endswith("0.98 [0.9, 1.1], *tied*")
+    assert "its records are not here" in text

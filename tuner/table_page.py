@@ -1,0 +1,110 @@
+"""A dispatch table as a Markdown page: the pick of every problem, by how much, how sure, and where it was measured.
+
+It reads the table and the environments of the runs that its entries name. The same table and records give the same
+page, so that a page in a repository can be checked against them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from nsa.dispatch_table import DispatchEntry, DispatchTable
+from tuner.record import Environment, RunFolder, run_folders
+
+EXPLANATION = (
+    "Each cell: the path, its median time, and that over the default's time in shared rounds with its interval "
+    "(*tied*: not certified faster; over the runner-up where the default itself is the pick)."
+)
+
+
+def page(table: DispatchTable, records: Path) -> str:
+    """The page. ``records``: folder in which the runs of the entries are looked for."""
+    runs = {folder.path.name: folder for folder in run_folders(records)}
+    blocks: dict[str, list[DispatchEntry]] = {}
+    for entry in table.entries:
+        blocks.setdefault(shape(entry), []).append(entry)
+    software = table.software
+    versions = {"torch": software.torch, "triton": software.triton, "flash-attn": software.flash_attn}
+    lines = [
+        f"# What the runtime takes on {table.device.name}",
+        "",
+        f"{len(table.entries)} entries; {', '.join(f'{k} {v}' for k, v in versions.items() if v)}. {EXPLANATION}",
+        "",
+    ]
+    for title, entries in blocks.items():
+        lines += [f"## {title}", "", *grid(entries), ""]
+    lines += ["## Runs", "", "| run | sweep | commit | device, power limit, SM clock at most |", "|---|---|---|---|"]
+    for run_id in dict.fromkeys(entry.run_id for entry in table.entries):
+        lines.append(run_line(run_id, runs.get(run_id)))
+    return "\n".join(lines) + "\n"
+
+
+def shape(entry: DispatchEntry) -> str:
+    """Heads, head dims, operation and dtype."""
+    width = f"{entry.Dk}" if entry.Dk == entry.Dv else f"{entry.Dk}/{entry.Dv}"
+    what = {
+        "selection": f"block {entry.block_size} top {entry.topk}",
+        "window": f"window of {entry.window}",
+        "compression": f"compressed {entry.kernel_size}/{entry.kernel_stride}",
+    }[entry.operation]
+    return f"{entry.G * entry.h}/{entry.G} heads, D {width}, {what}, {entry.dtype}"
+
+
+def call(entry: DispatchEntry) -> str:
+    """What kind of call: mode, batch, execution, overlap, level."""
+    words = [entry.mode + (f" B{entry.B}" if entry.B > 1 or entry.mode == "decode" else "")]
+    if entry.mode == "decode":
+        words.append(entry.execution)
+    if entry.operation == "selection" and entry.mode != "decode":
+        words.append(entry.pattern + (", complete" if entry.complete else ""))
+    if entry.level == "layer":
+        words.append("in the layer")
+    return ", ".join(words)
+
+
+def grid(entries: Sequence[DispatchEntry]) -> list[str]:
+    """One row a kind of call, one column a context."""
+    contexts = sorted({entry.T for entry in entries})
+    rows: dict[str, dict[int, DispatchEntry]] = {}
+    for entry in entries:
+        rows.setdefault(call(entry), {})[entry.T] = entry
+    lines = [f"| | {' | '.join(map(str, contexts))} |", "|---|" + "---|" * len(contexts)]
+    for name in sorted(rows, key=order):
+        cells = [cell(rows[name][context]) if context in rows[name] else "" for context in contexts]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def order(name: str) -> tuple[int, int, str]:
+    """Prefill, train, decode; batches by size."""
+    mode, _, rest = name.partition(" B")
+    batch = int(rest.split(",")[0]) if rest[:1].isdigit() else 0
+    kinds = ("prefill", "train", "decode")
+    return next(i for i, kind in enumerate(kinds) if mode.startswith(kind)), batch, name
+
+
+def cell(entry: DispatchEntry) -> str:
+    """``path`` time, ratio [interval]."""
+    text = f"`{entry.path}` {duration(entry.median_us)}"
+    if entry.ratio is None:
+        return text
+    high = "?" if entry.ratio_high is None else f"{entry.ratio_high:.3g}"
+    tie = "" if entry.ratio_high is not None and entry.ratio_high < 1 else ", *tied*"
+    return f"{text}, {entry.ratio:.3g} [{entry.ratio_low or 0:.3g}, {high}]{tie}"
+
+
+def duration(us: float) -> str:
+    """Three digits, in microseconds or milliseconds."""
+    return f"{us:.1f} us" if us < 100 else f"{us:.0f} us" if us < 1000 else f"{us / 1000:.3g} ms"
+
+
+def run_line(run_id: str, folder: RunFolder | None) -> str:
+    """Where a run was made."""
+    if folder is None:
+        return f"| {run_id} | its records are not here | | |"
+    found: Environment = folder.environment()
+    units = {"power_limit_w": "W", "max_sm_mhz": "MHz"}
+    known = [f"{found.clocks[name]:g} {unit}" for name, unit in units.items() if found.clocks.get(name)]
+    machine = ", ".join((str(found.device["name"]), *known))
+    return f"| {run_id} | {found.sweep['name']} | {found.commit[:12]} | {machine} |"
