@@ -64,14 +64,14 @@ def sweep(
     json: JsonFlag = False,
 ) -> None:
     """Check, attest and time every candidate, and write the dispatch table that the runtime consults."""
-    from tuner import commands
+    from tuner import sweep_command
 
     with clear_errors():
-        options = commands.SweepOptions(
+        options = sweep_command.SweepOptions(
             name=name, budget=budget, effort=effort, overrides=tuple(override or ()), out=out, export=export,
             storage=storage, device=device, commit=commit or current_commit(), registry=registry, json=json,
         )  # fmt: skip
-        (commands.plan if dry_run else commands.sweep)(options)
+        (sweep_command.plan if dry_run else sweep_command.sweep)(options)
 
 
 @app.command()

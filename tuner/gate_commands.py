@@ -18,9 +18,9 @@ from rich.status import Status
 from tuner import compare_report
 from tuner import selftest as selftests
 from tuner.bisect import Bisecting, BisectResult
-from tuner.commands import choose_device, seconds
 from tuner.compare import Comparing, Listener
 from tuner.compare_record import AUTO, Question, Scenario, scenarios_of
+from tuner.console import choose_device, seconds
 from tuner.history import HistoryResult, read_history
 from tuner.history import history as walk
 from tuner.marks import points_of

@@ -8,7 +8,7 @@ import torch
 
 from nsa.paths import PATHS
 from tuner import sweep as module
-from tuner.commands import seconds
+from tuner.console import seconds
 from tuner.sweep import SHAPE_AXES, Axes, SweepDefinition, SweepError, families, read_sweep, sweep_names
 
 TINY = """
