@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from torch.nn import functional as F
 from .problem import SelectionProblem
 from .selection import Selection
 from .workspace import Workspace
+
+SUMMED_AT_ONCE = 2**20
+"""Gathered rows whose gradients are widened at a time."""
 
 
 def key_rows(tensor: Tensor, queries: int) -> tuple[Tensor, Tensor, int]:
@@ -107,10 +111,29 @@ def scratch(workspace: Workspace | None, *inputs: Tensor) -> Workspace | None:
     return None if tracked else workspace
 
 
+class Gathered(torch.autograd.Function):
+    """Rows of a view. A key's gradient is a sum over all rows that read it, taken in float32 or better: torch's own
+    sum, in bfloat16, stands still after some hundred of them."""
+
+    @staticmethod
+    def forward(ctx: Any, view: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.count = view.shape[0]
+        return view.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        total = grad.new_zeros(ctx.count, grad.shape[1], dtype=torch.promote_types(grad.dtype, torch.float32))
+        for places, part in zip(torch.split(index, SUMMED_AT_ONCE), torch.split(grad, SUMMED_AT_ONCE), strict=True):
+            total.index_add_(0, places, part.to(total.dtype))
+        return total.to(grad.dtype), None
+
+
 def gather(view: Tensor, index: Tensor, role: str, workspace: Workspace | None, *, reserve_rows: int = 0) -> Tensor:
     """``view`` (N, D) rows at ``index`` (K,) -> (K, D): in the workspace, or a fresh tensor where there is none."""
     if workspace is None:
-        return view.index_select(0, index)
+        return cast(Tensor, Gathered.apply(view, index))  # type: ignore[no-untyped-call]
     out = workspace.take(
         role, index.numel(), view.shape[1], dtype=view.dtype, device=view.device, reserve_rows=reserve_rows
     )

@@ -49,6 +49,18 @@ def test_the_oracle_equals_a_plain_python_softmax(case, heads):
         assert torch.allclose(out[b, s, g], scores.softmax(-1) @ value[b, g, chosen].double(), atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["gather", "packed", "varlen"])
+def test_the_gradient_of_a_key_that_every_row_reads_is_not_summed_in_bfloat16(name):
+    rows = 600
+    selection = Selection.from_blocks(torch.zeros(1, rows, 1, 1, dtype=torch.int64), block_size=16, context_length=rows)
+    query, key, value = (torch.zeros(1, rows, 1, 1, 8), torch.zeros(1, 1, rows, 8), torch.ones(1, 1, rows, 8))
+    leaf = value.to(torch.bfloat16).requires_grad_()
+    out = PATHS[name].function()(query.to(leaf.dtype), key.to(leaf.dtype), leaf, selection, scale=1.0)
+    out.sum().backward()
+    wanted = sum(1 / min(row + 1, 16) for row in range(rows))
+    assert float(leaf.grad[0, 0, 0, 0]) == pytest.approx(wanted, rel=2**-7)
+
+
 @pytest.mark.parametrize("name", EAGER)
 @settings(max_examples=40, deadline=None)
 @given(case=selections(), heads=st.sampled_from((1, 2, 4, 16)), dims=st.sampled_from(((8, 8), (8, 4), (4, 16))))

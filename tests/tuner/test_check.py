@@ -360,6 +360,27 @@ def test_gradients_of_a_large_problem_are_held_at_spot_rows(operation: str, monk
         found.compare(wrong, Workspace())
 
 
+@pytest.mark.parametrize("name", ["dense", "gather", "packed", "varlen"])
+def test_right_gradients_pass_whatever_the_inputs_and_a_fifth_of_a_percent_does_not(name: str) -> None:
+    posed = problem(mode="train", S=256, T=256, G=2, h=4, Dk=32, Dv=32, topk=4)
+    path, scale = REAL[name], posed.Dk**-0.5
+    parameters = path.defaults(posed, CPU)
+
+    def right(case: Any, workspace: Any) -> torch.Tensor:
+        tensors = case.query, case.key, case.value
+        return path.function()(*tensors, case.selection, scale=scale, workspace=workspace, **parameters)
+
+    def wrong(case: Any, workspace: Any) -> torch.Tensor:
+        query = case.query + 0.002 * (case.query - case.query.detach())  # its gradient alone is off
+        return right(msgspec.structs.replace(case, query=query), workspace)
+
+    for seed in range(6):
+        oracle = oracles.GradientOracle(make_inputs(posed, "scored", seed, CPU), scale)
+        oracle.compare(right, Workspace())
+        with pytest.raises(WrongResult, match="gradient of q off by"):
+            oracle.compare(wrong, Workspace())
+
+
 def test_awkward_inputs_keep_the_problems_heads_dims_and_dtype() -> None:
     posed = problem(dtype="bfloat16", h=3, Dk=12, Dv=4)
     for _, case in awkward_inputs(posed, CPU):
