@@ -47,7 +47,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ``problem``: the fields of nsa.SelectionProblem by name. ``union``: measured overlap of the selections timed on.
     ``oracle_error``/``oracle_bound``: largest deviation from the float64 oracle, and what was allowed.
     ``kernels``: name and launches of what a profiler saw in one call. ``dropped``: samples discarded for throttling.
-    ``baseline``: the candidate is the default that the others of this problem are compared with.
+    ``baseline``: the candidate is what the others of this problem are compared with: the default, or where that failed
+    what stood in for it.
     """
 
     run_id: str

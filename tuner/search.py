@@ -1,8 +1,8 @@
 """Search: walk a sweep. Screen every candidate, shoot it out between the survivors, record all, resume after a kill.
 
-Screening ranks and prunes and never counts as evidence. The shoot-out takes fresh pairs of the finalists, the default
-always among them. It decides nothing itself: ``tuner.verdict`` says when a shoot-out is settled and ``tuner.table``
-what the table gets.
+Screening ranks and prunes and never counts as evidence. The shoot-out takes fresh pairs of the finalists and of what
+they are compared with: the default, or where that failed (wrong, out of memory) the first right candidate. It decides
+nothing itself: ``tuner.verdict`` says when a shoot-out is settled and ``tuner.table`` what the table gets.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class Search:
             progress.close(self.sweep.memory_limit_bytes)
 
     def screen(self, family: Family, problem: SelectionProblem, candidates: list[Candidate], *, thorough: bool) -> None:
-        """Assess and time what no record knows yet, in rounds shared with the default.
+        """Assess and time what no record knows yet, in rounds shared with the baseline.
 
         Out of time, only the first candidate of each path is still taken: every path is measured on every problem.
         """
@@ -168,8 +168,8 @@ class Search:
         if not fresh:
             return
         self._hold(family, problem)
-        default, deadline = self.default(problem), time.monotonic() + self._share(1.0 - SHOOTOUT_SHARE)
-        wanted = [default, *(candidate for candidate in fresh if candidate != default)]
+        base, deadline = self.baseline(family, problem), time.monotonic() + self._share(1.0 - SHOOTOUT_SHARE)
+        wanted = [base, *(candidate for candidate in fresh if candidate != base)]
         ready: list[Candidate] = []
 
         def begun(candidate: Candidate) -> None:
@@ -182,20 +182,21 @@ class Search:
             else:
                 self._fail(family, problem, "screen", candidate, assessment)
         self._working(family, problem, f"screening {len(ready)} candidates")
-        self._time(family, problem, "screen", ready, SCREEN_ROUNDS)
+        if ready:
+            self._time(family, problem, "screen", ready, SCREEN_ROUNDS, base if base in ready else ready[0])
 
     def shoot_out(self, family: Family, problem: SelectionProblem) -> None:
-        """Fresh pairs of the finalists and the default, until settled, out of time or out of pairs."""
+        """Fresh pairs of the finalists and the baseline, until settled, out of time or out of pairs."""
         if any(record.baseline for record in self.of(family, problem, "shootout")):
             return
         self._hold(family, problem)
-        default = self.default(problem)
-        finalists = [default, *(c for c in self.finalists(family, problem) if c != default)]
+        base = self.baseline(family, problem)
+        finalists = [base, *(c for c in self.finalists(family, problem) if c != base)]
         self.session.release(finalists)
         ready = [c for c in finalists if self.session.assess(c, thorough=False).outcome == "ok"]
         self._working(family, problem, f"shoot-out of {len(ready)}")
-        if default in ready:
-            self._time(family, problem, "shootout", ready, self.effort.pairs)
+        if base in ready:
+            self._time(family, problem, "shootout", ready, self.effort.pairs, base)
 
     def finalists(self, family: Family, problem: SelectionProblem) -> list[Candidate]:
         """The fastest by screening that are near the default, and the best of each of the two fastest paths."""
@@ -210,9 +211,9 @@ class Search:
         return [Candidate(path=records[name].path, parameters=records[name].parameters) for name in chosen]
 
     def screened(self, family: Family, problem: SelectionProblem) -> dict[str, float]:
-        """Candidate name -> median log-ratio to the default in shared screening rounds."""
+        """Candidate name -> median log-ratio to the baseline in shared screening rounds."""
         taken = rounds_of(self.of(family, problem, "screen"))
-        base = taken.get(self.default(problem).name, {})
+        base = taken.get(self.baseline(family, problem).name, {})
         return {
             name: statistics.median(math.log(us / base[number]) for number, us in found.items() if number in base)
             for name, found in taken.items()
@@ -236,10 +237,21 @@ class Search:
                     if isinstance(found, Assessment):
                         self._fail(family, problem, "reserve", candidate, found)
                     else:
-                        self._append([self._record(family, problem, "reserve", candidate, sequence=found)])
+                        self._append(
+                            [self._record(family, problem, "reserve", candidate, self.default(problem), sequence=found)]
+                        )
+
+    def baseline(self, family: Family, problem: SelectionProblem) -> Candidate:
+        """What others are compared with: the default, or where that failed what stood in for it when screened."""
+        default, screened = self.default(problem), self.of(family, problem, "screen")
+        if any(record.candidate == default.name and record.outcome != "ok" for record in screened):
+            for record in screened:
+                if record.baseline and record.outcome == "ok":
+                    return Candidate(path=record.path, parameters=record.parameters)
+        return default
 
     def default(self, problem: SelectionProblem) -> Candidate:
-        """The literal default that others are compared with."""
+        """The literal default."""
         return default_candidate(problem, torch.device(self.device).type)
 
     def of(self, family: Family, problem: SelectionProblem, stage: Stage) -> list[Record]:
@@ -254,12 +266,11 @@ class Search:
         )
 
     def _time(
-        self, family: Family, problem: SelectionProblem, stage: Stage, ready: list[Candidate], count: int
-    ) -> None:
-        default = self.default(problem).name
-
+        self, family: Family, problem: SelectionProblem, stage: Stage, ready: list[Candidate], count: int,
+        base: Candidate,
+    ) -> None:  # fmt: skip
         def settled(taken: dict[str, dict[int, float]]) -> bool:
-            return stage == "shootout" and verdict.settled(default, aligned(taken), alpha=verdict.PICK_ALPHA)
+            return stage == "shootout" and verdict.settled(base.name, aligned(taken), alpha=verdict.PICK_ALPHA)
 
         timed = self.session.time(
             ready, count=count, batch=SCREEN_ROUNDS if stage == "screen" else SHOOTOUT_BATCH,
@@ -272,10 +283,10 @@ class Search:
                 self._fail(family, problem, stage, candidate, timed.failed[candidate.name])
         self._append(
             [
-                self._record(family, problem, stage, candidate, timings=timed.timings[candidate.name])
-                for candidate in sorted(ready, key=lambda candidate: candidate.name == default)
+                self._record(family, problem, stage, candidate, base, timings=timed.timings[candidate.name])
+                for candidate in sorted(ready, key=lambda candidate: candidate == base)
                 if candidate.name in timed.timings
-            ]  # the default last: a batch that was cut short has none, and is measured again
+            ]  # the baseline last: a batch that was cut short has none, and is measured again
         )
 
     def _fail(
@@ -284,17 +295,17 @@ class Search:
         """Record a failure, once."""
         if not any(record.candidate == candidate.name for record in self.of(family, problem, stage)):
             self.session.assessed[candidate.name] = why
-            self._append([self._record(family, problem, stage, candidate)])
+            self._append([self._record(family, problem, stage, candidate, self.default(problem))])
 
     def _record(
-        self, family: Family, problem: SelectionProblem, stage: Stage, candidate: Candidate, *,
+        self, family: Family, problem: SelectionProblem, stage: Stage, candidate: Candidate, base: Candidate, *,
         timings: list[Timing] | None = None, sequence: SequenceResult | None = None,
     ) -> Record:  # fmt: skip
         found = self.session.assessed[candidate.name]
         return Record(
             run_id=self.folder.path.name, commit=self.commit, date=datetime.now(UTC).isoformat(timespec="seconds"),
             stage=stage, problem=msgspec.to_builtins(problem), pattern=family.pattern, union=self.session.union,
-            path=candidate.path, parameters=candidate.parameters, baseline=candidate == self.default(problem),
+            path=candidate.path, parameters=candidate.parameters, baseline=candidate == base,
             outcome=found.outcome, reason=found.reason, oracle_error=found.oracle_error,
             oracle_bound=found.oracle_bound, kernels=found.kernels, peak_bytes=found.peak_bytes,
             samples=[sample for timing in timings or [] for sample in timing.samples],

@@ -191,3 +191,9 @@ PATHS: dict[str, SelectionPath] = {
     **{run.__name__: twin(run) for run in TWINS},
     **{run.__name__: twin(run, reserve=True) for run in RESERVING},
 }
+
+WRONG_DEFAULT: dict[str, SelectionPath] = {
+    **{name: REAL[name] for name in ("gather", "packed")},
+    "dense": msgspec.structs.replace(twin(off_by_a_percent), name="dense"),
+}
+"""The default of a prefill on a CPU is wrong here."""

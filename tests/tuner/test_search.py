@@ -15,6 +15,7 @@ from nsa.device import device_identity, software_identity
 from nsa.paths import PATHS, Parameter
 from tests.tuner import misbehaving
 from tuner.record import Environment, Record, RunFolder, by_problem
+from tuner.report import compared_with
 from tuner.search import Listener, Search, fewest_pairs
 from tuner.space import EFFORTS, narrowed, reserve_rungs, space_of
 from tuner.sweep import families, read_sweep
@@ -301,6 +302,22 @@ def test_who_failed_at_one_context_is_not_tried_at_the_next(broken: Swept) -> No
     for name in set(BROKEN) - {"needs_a_gpu"}:
         assert {record.problem["T"] for record in broken.records if record.path == name} == {32}, name
     assert {record.problem["T"] for record in broken.records if record.path == "needs_a_gpu"} == {32, 64}
+
+
+def test_where_the_default_is_wrong_a_right_path_stands_in_and_the_table_takes_a_right_one(tmp_path: Path) -> None:
+    file = written(tmp_path, ("gather", "packed", "dense"))
+    registry = f"{misbehaving.__name__}:WRONG_DEFAULT"
+    folder = search(file, tmp_path / "out", paths=misbehaving.WRONG_DEFAULT, registry=registry).run()
+    records, _ = folder.records()
+    for T in (32, 64):
+        mine = [record for record in records if record.problem["T"] == T]
+        assert {record.path for record in mine if record.stage == "shootout" and record.samples} == {"gather", "packed"}
+        assert {record.path for record in mine if record.samples and record.baseline} == {"gather"}
+    entries = entries_of(records)
+    assert [entry.T for entry in entries] == [32, 64]
+    assert all(entry.path in ("gather", "packed") for entry in entries)
+    assert all(entry.default is not None and entry.default.path == "gather" for entry in entries)
+    assert {"gather, the default failing", "runner-up packed"} >= {compared_with(entry, "cpu") for entry in entries}
 
 
 # The space
