@@ -1,11 +1,11 @@
 """The whole layer without projections against dense causal attention: ``python benchmarks/layer.py --out DIR``.
 
 For each context and mode (prefill; train: forward and backward) the branches, in train their gradients too, are first
-held against the float64 oracle on spot rows, then timed, each alone and all together, in rounds of fresh random order, L2 flushed before every sample.
-Dense is cuDNN's SDPA and flash-attn, where they can run. One JSON line per figure goes to DIR/layer.jsonl; times are
-milliseconds, memory is the allocator's peak above the inputs, per token. Dispatch chooses the paths, unless
-``--route window=triton_window:tokens=4,keys=64`` names one and its parameters. Queries walk, so that neighbouring
-tokens agree as in the sweeps' ``scored`` pattern.
+held against the float64 oracle on spot rows, then timed, each alone and all together, in rounds of fresh random order,
+L2 flushed before every sample. Dense is cuDNN's SDPA and flash-attn, where they can run. One JSON line per figure goes
+to DIR/layer.jsonl; times are milliseconds, memory is the allocator's peak above the inputs, per token. Dispatch chooses
+the paths, unless ``--route window=triton_window:tokens=4,keys=64`` names one and its parameters. Queries walk, so that
+neighbouring tokens agree as in the sweeps' ``scored`` pattern.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def nsa_score_tokens(
     tokens = tl.arange(0, TOKENS)
     position = row_positions(FIRST, POSITION, b, first + tl.minimum(tile * TOKENS + tokens, S - 1), spb, sps)
     last = first + tl.minimum(tile * TOKENS + TOKENS, S) - 1
-    _, _, stop = tile_bounds(position, FIRST, POSITION, first + tile * TOKENS, last, keys, KERNEL, STRIDE, 0)
+    _, _, _, stop = tile_bounds(position, FIRST, POSITION, first + tile * TOKENS, last, keys, KERNEL, STRIDE, 0)
     there = (tile * TOKENS + member < S) & (head < H)
     start = (first + tile * TOKENS).to(tl.int64)
     base = Q + b.to(tl.int64) * sqb + g.to(tl.int64) * sqg + start * sqs
