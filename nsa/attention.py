@@ -24,7 +24,8 @@ from .flags import Flags, read_flags
 from .mix import mix_branches
 from .opaque import opaque
 from .problem import compressed_count
-from .rotary import rotate, rotation
+from .projection import Parts, projection_widths, split_projection
+from .rotary import rotation
 from .scoring import choose_blocks
 from .selection import LogSums, Selection, blocks_to_ranges_v1
 from .trace import announce, executed
@@ -79,13 +80,8 @@ class NSAAttention(nn.Module):
                 return MeanCompressor(config.kernel_size, config.kernel_stride)
             return MLPCompressor(config.kernel_size, config.kernel_stride, width, device=device, dtype=dtype)
 
-        groups, heads = config.num_kv_heads, config.num_heads
-        self.widths = (
-            heads * config.head_dim,
-            *(groups * config.head_dim for _ in BRANCHES),
-            *(groups * config.value_width for _ in BRANCHES),
-            heads * len(BRANCHES),
-        )
+        heads = config.num_heads
+        self.widths = projection_widths(config)
         self.project = linear(config.dim, sum(self.widths))
         self.gate_bias = nn.Parameter(torch.zeros(self.widths[-1], device=device, dtype=dtype))
         self.compress_key = compressor(config.head_dim)
@@ -184,21 +180,13 @@ class NSAAttention(nn.Module):
                 cache.truncate(first, done)
         return y
 
-    def _project(self, x: Tensor, first: int) -> tuple[Tensor, Tensor, dict[Branch, Tensor], dict[Branch, Tensor]]:
+    def _project(self, x: Tensor, first: int) -> Parts:
         """Of tokens at positions ``first`` ..: query (B, S, G, h, Dk), gates (B, S, G, h, 3) in [0, 1] (paper eq. 5),
         and per branch keys (B, G, S, Dk) and values (B, G, S, Dv). Queries and keys are turned by their positions."""
-        config = self.config
-        turn = rotation(first, x.shape[1], config.head_dim, config.rotary_base, dtype=x.dtype, device=x.device)
-        rows, groups = (config.num_kv_heads, config.heads_per_group, -1), (config.num_kv_heads, -1)
-        query, k0, k1, k2, v0, v1, v2, gates = self.project(x).split(self.widths, 2)
-        keys = {name: torch.unflatten(key, 2, groups) for name, key in zip(BRANCHES, (k0, k1, k2), strict=True)}
-        values = {name: torch.unflatten(value, 2, groups) for name, value in zip(BRANCHES, (v0, v1, v2), strict=True)}
-        return (
-            rotate(torch.unflatten(query, 2, rows), turn),
-            torch.unflatten(torch.sigmoid(gates + self.gate_bias.to(gates.dtype)), 2, rows),
-            {name: rotate(key, turn).transpose(1, 2) for name, key in keys.items()},
-            {name: value.transpose(1, 2) for name, value in values.items()},
+        turn = rotation(
+            first, x.shape[1], self.config.head_dim, self.config.rotary_base, dtype=x.dtype, device=x.device
         )
+        return split_projection(self.project(x), turn, self.gate_bias, self.config)
 
     def _attend(
         self,
