@@ -3,7 +3,7 @@
 The query at position t reads keys [end - width, end), end = (t + 1 - kernel_size) // kernel_stride + 1, cut to what
 exists; width 0 = from key 0. A window is kernel_size = kernel_stride = 1. One program per tile of neighbouring tokens
 and group: the heads of a group stand below one another as rows, so that a tile of few tokens fills the tensor cores
-and walks hardly more keys than one token does. Tiles of keys that every row reads need no mask.
+and walks hardly more keys than one token does. Without a width, tiles of keys that every row reads need no mask.
 """
 
 from __future__ import annotations
@@ -71,19 +71,17 @@ def key_bounds(position, keys, KERNEL: tl.constexpr, STRIDE: tl.constexpr, WIDTH
 def tile_bounds(
     position, FIRST, POSITION, start, last, keys, KERNEL: tl.constexpr, STRIDE: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """(first key of any row, first and end of those that every row reads, end) of a tile whose rows are at
-    ``position``, queries ``start`` .. ``last``. Scalar arithmetic where positions are, so that loops over keys stay
-    uniform."""
+    """(first key of any row, first that not every row reads, end) of a tile whose rows are at ``position``, queries
+    ``start`` .. ``last``. Scalar arithmetic where positions are, so that loops over keys stay uniform."""
     if POSITION is None:
         begin, whole = key_bounds(FIRST + start, keys, KERNEL, STRIDE, WIDTH)
-        common, stop = key_bounds(FIRST + last, keys, KERNEL, STRIDE, WIDTH)
+        _, stop = key_bounds(FIRST + last, keys, KERNEL, STRIDE, WIDTH)
     else:
         first, end = key_bounds(position, keys, KERNEL, STRIDE, WIDTH)
         begin = tl.min(first, 0)
-        common = tl.max(first, 0)
         whole = tl.min(end, 0)
         stop = tl.max(end, 0)
-    return begin, common, whole, stop
+    return begin, whole, stop
 
 
 @triton.jit
@@ -139,7 +137,7 @@ def nsa_interval_forward(
     first, end = key_bounds(position, keys, KERNEL, STRIDE, WIDTH)
     start = tile * TOKENS
     last = tl.minimum(start + TOKENS, S) - 1
-    begin, common, whole, stop = tile_bounds(position, FIRST, POSITION, start, last, keys, KERNEL, STRIDE, WIDTH)
+    begin, whole, stop = tile_bounds(position, FIRST, POSITION, start, last, keys, KERNEL, STRIDE, WIDTH)
     there = (tile * TOKENS + member < S) & (head < H)
     base = Q + b.to(tl.int64) * sqb + g.to(tl.int64) * sqg + (tile * TOKENS).to(tl.int64) * sqs
     q0 = load_query(base, rows, member * sqs + head * sqh, there, 0, DK, DK0)
@@ -150,18 +148,12 @@ def nsa_interval_forward(
     total = tl.zeros([M], tl.float32)
     out = tl.zeros([M, DVP], tl.float32)
     middle = begin
-    if WIDTH > 0:
-        middle += tl.minimum(tl.cdiv(common - begin, BN), tl.cdiv(stop - begin, BN)) * BN
+    if WIDTH == 0:
+        middle = whole // BN * BN
         out, top, total = walk(
             q0, q1, out, top, total, begin, middle, first, end, K0, K1, V, b, g, stop, scale2,
-            skb, skg, skt, svb, svg, svt, DK, DK0, DK1, DV, DVP, BN, DESCRIPTOR, True,
+            skb, skg, skt, svb, svg, svt, DK, DK0, DK1, DV, DVP, BN, DESCRIPTOR, False,
         )  # fmt: skip
-    inner = middle
-    middle += tl.maximum(whole - middle, 0) // BN * BN
-    out, top, total = walk(
-        q0, q1, out, top, total, inner, middle, first, end, K0, K1, V, b, g, stop, scale2,
-        skb, skg, skt, svb, svg, svt, DK, DK0, DK1, DV, DVP, BN, DESCRIPTOR, False,
-    )  # fmt: skip
     out, top, total = walk(
         q0, q1, out, top, total, middle, stop, first, end, K0, K1, V, b, g, stop, scale2,
         skb, skg, skt, svb, svg, svt, DK, DK0, DK1, DV, DVP, BN, DESCRIPTOR, True,
@@ -209,9 +201,15 @@ def forward(
 ) -> Tensor:
     """Output (B, S, G, h, Dv); fills ``logsum`` (B, S, G, h) float32, base 2, if given. ``scale`` is positive.
 
-    query (B, S, G, h, Dk), key (B, G, N, Dk), value (B, G, N, Dv). Keys that no row reads are never loaded.
+    query (B, S, G, h, Dk), key (B, G, N, Dk), value (B, G, N, Dv). Keys that no row reads are never loaded. ``loads``
+    "ring" is the kernel of ``ring``, which ``interval_support.ring_reason`` says where to take.
     """
     batch, queries, groups, heads, _ = unit_last(query, "query").shape
+    if loads == "ring":
+        from .ring import forward as ring_forward  # Gluon, loaded where it can run
+
+        there, options = existing_keys(interval, queries, key.shape[2]), launch_options(warps, stages, registers)
+        return ring_forward(query, key, value, interval, scale, logsum, there, int(tokens), int(keys), options)
     out = torch.empty((batch, queries, groups, heads, value.shape[3]), dtype=value.dtype, device=value.device)
     constants = sizes(query, value)
     tile = least_tokens(int(tokens), constants["HP"])

@@ -82,7 +82,7 @@ def nsa_interval_gradient_query(
     first, end = key_bounds(position, keys, KERNEL, STRIDE, WIDTH)
     start = tile * TOKENS
     last = tl.minimum(start + TOKENS, S) - 1
-    begin, _, _, stop = tile_bounds(position, FIRST, POSITION, start, last, keys, KERNEL, STRIDE, WIDTH)
+    begin, _, stop = tile_bounds(position, FIRST, POSITION, start, last, keys, KERNEL, STRIDE, WIDTH)
     there = (tile * TOKENS + member < S) & (head < H)
     base = Q + b.to(tl.int64) * sqb + g.to(tl.int64) * sqg + (tile * TOKENS).to(tl.int64) * sqs
     q0 = load_query(base, rows, member * sqs + head * sqh, there, 0, DK, DK0)
