@@ -108,11 +108,12 @@ class Layer:
         return mix_branches(self.gates, self.query, self.pull, self.pull)
 
     def whole(self) -> Tensor:
-        """Everything between the projections."""
+        """Everything between the projections, in the layer's order."""
+        window = self.window()
         tokens = self.compress()
         compression = self.compression(tokens)
         selection = self.selection(self.choose(tokens))
-        return mix_branches(self.gates, compression, selection, self.window())
+        return mix_branches(self.gates, compression, selection, window)
 
     def dense(self, backend: str) -> Tensor:
         """Dense causal attention over the selection branch's keys."""

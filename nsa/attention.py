@@ -66,7 +66,7 @@ class NSAAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.dim = config, config.dim
         self.flags = read_flags() if flags is None else flags
         self.workspace = workspace
         named = self.flags.dispatch_table
@@ -95,7 +95,12 @@ class NSAAttention(nn.Module):
     def forward(self, x: Tensor, *, branch: Branch | None = None) -> Tensor:
         """x (B, S, dim), a whole context -> y (B, S, dim); for training, and without a cache."""
         self._check(x)
-        query, gates, keys, values = self._project(x, 0)
+        return cast(Tensor, self.output(self._whole(self.project(x), branch)))
+
+    @opaque
+    def _whole(self, projected: Tensor, branch: Branch | None) -> Tensor:
+        """What lies between the projections of a whole context, at one break of a compiled graph."""
+        query, gates, keys, values = self._split(projected, 0)
         compressed_key = self.compress_key(keys["compression"])
         compressed_value = self.compress_value(values["compression"])
         return self._attend(query, gates, keys, values, compressed_key, compressed_value, 0, branch)
@@ -162,7 +167,7 @@ class NSAAttention(nn.Module):
         config, first, done = self.config, cache.length, cache.compressed_length
         finished = False
         try:
-            query, gates, keys, values = self._project(x, first)
+            query, gates, keys, values = self._split(self.project(x), first)
             cache.append(keys, values)
             if compressed_count(cache.length, config.kernel_size, config.kernel_stride) > done:
                 fresh = slice(done * config.kernel_stride, None)
@@ -173,20 +178,20 @@ class NSAAttention(nn.Module):
             keys = {branch: cache.key(branch) for branch in BRANCHES}
             values = {branch: cache.value(branch) for branch in BRANCHES}
             compressed = cache.compressed_key, cache.compressed_value
-            y = self._attend(query, gates, keys, values, *compressed, first, branch)
+            y: Tensor = self.output(self._attend(query, gates, keys, values, *compressed, first, branch))
             finished = True
         finally:
             if not finished:
                 cache.truncate(first, done)
         return y
 
-    def _project(self, x: Tensor, first: int) -> Parts:
-        """Of tokens at positions ``first`` ..: query (B, S, G, h, Dk), gates (B, S, G, h, 3) in [0, 1] (paper eq. 5),
-        and per branch keys (B, G, S, Dk) and values (B, G, S, Dv). Queries and keys are turned by their positions."""
+    def _split(self, projected: Tensor, first: int) -> Parts:
+        """``split_projection`` of tokens at positions ``first`` .."""
+        config, tokens = self.config, projected.shape[1]
         turn = rotation(
-            first, x.shape[1], self.config.head_dim, self.config.rotary_base, dtype=x.dtype, device=x.device
+            first, tokens, config.head_dim, config.rotary_base, dtype=projected.dtype, device=projected.device
         )
-        return split_projection(self.project(x), turn, self.gate_bias, self.config)
+        return split_projection(projected, turn, self.gate_bias, config)
 
     def _attend(
         self,
@@ -199,11 +204,24 @@ class NSAAttention(nn.Module):
         first: int,
         branch: Branch | None,
     ) -> Tensor:
-        """The three branches of queries at positions ``first`` .., gated, added and projected: (B, S, dim)."""
+        """The three branches of queries at positions ``first`` .., gated and added: (B, S, G * h * Dv).
+
+        The window comes first: it waits for no other branch, and while it runs the host prepares the others' launches.
+        """
         config, table = self.config, self.dispatch_table
         outs: dict[Branch, Tensor] = {}
         workspace = shared_workspace(query.device) if self.workspace is None else self.workspace
         sums = LogSums()
+        if branch in (None, "window"):
+            outs["window"] = window_attention(
+                query,
+                keys["window"],
+                values["window"],
+                window=config.window_size,
+                flash_attention=self.flags.flash_attention_window,
+                workspace=workspace,
+                table=table,
+            )
         if branch in (None, "compression"):
             outs["compression"] = compressed_attention(
                 query,
@@ -219,28 +237,24 @@ class NSAAttention(nn.Module):
             )
         if branch in (None, "selection"):
             raw = keys["selection"], values["selection"]
-            outs["selection"] = self._select(query, *raw, compressed_key, sums.tensor)
-        if branch in (None, "window"):
-            outs["window"] = window_attention(
-                query,
-                keys["window"],
-                values["window"],
-                window=config.window_size,
-                flash_attention=self.flags.flash_attention_window,
-                workspace=workspace,
-                table=table,
-            )
+            outs["selection"] = self._select(query, *raw, compressed_key, sums.tensor, workspace)
         if branch:
-            return cast(Tensor, self.output(outs[branch].flatten(2)))
+            return outs[branch].flatten(2)
         compression, selection, window = (outs[name] for name in BRANCHES)
-        return cast(Tensor, self.output(mix_branches(gates, compression, selection, window).flatten(2)))
+        return mix_branches(gates, compression, selection, window).flatten(2)
 
     def _check(self, x: Tensor) -> None:
-        if x.dim() != 3 or x.shape[2] != self.config.dim or min(x.shape) < 1:
-            raise ArgumentError(f"x has shape {tuple(x.shape)}, expected (B, S, {self.config.dim}), B and S at least 1")
+        if x.dim() != 3 or x.shape[2] != self.dim or min(x.shape) < 1:
+            raise ArgumentError(f"x has shape {tuple(x.shape)}, expected (B, S, {self.dim}), B and S at least 1")
 
     def _select(
-        self, query: Tensor, key: Tensor, value: Tensor, compressed_key: Tensor, logsum: Tensor | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        compressed_key: Tensor,
+        logsum: Tensor | None,
+        workspace: Workspace,
     ) -> Tensor:
         config = self.config
         blocks = choose_blocks(
@@ -269,6 +283,6 @@ class NSAAttention(nn.Module):
             path=flags.path or "auto",
             parameters=flags.adjust(flags.path, {}) if flags.path else None,
             overrides={path: parameters for path, parameters in reservable.items() if parameters},
-            workspace=shared_workspace(query.device) if self.workspace is None else self.workspace,
+            workspace=workspace,
             table=self.dispatch_table,
         )
