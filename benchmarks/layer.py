@@ -1,11 +1,11 @@
 """The whole layer without projections against dense causal attention: ``python benchmarks/layer.py --out DIR``.
 
-For each context and mode (prefill; train: forward and backward) the branches are first held against the float64 oracle
-on spot rows, then timed, each alone and all together, in rounds of fresh random order, L2 flushed before every sample.
-Dense is cuDNN's SDPA and flash-attn, where they can run. One JSON line per figure goes to DIR/layer.jsonl; times are
-milliseconds, memory is the allocator's peak above the inputs, per token. Dispatch chooses the paths, unless
-``--route window=triton_window:tokens=4,keys=64`` names one and its parameters. Queries walk, so that neighbouring
-tokens agree as in the sweeps' ``scored`` pattern.
+For each context and mode (prefill; train: forward and backward) the branches, in train their gradients too, are first
+held against the float64 oracle on spot rows, then timed, each alone and all together, in rounds of fresh random order,
+L2 flushed before every sample. Dense is cuDNN's SDPA and flash-attn, where they can run. One JSON line per figure goes
+to DIR/layer.jsonl; times are milliseconds, memory is the allocator's peak above the inputs, per token. Dispatch chooses
+the paths, unless ``--route window=triton_window:tokens=4,keys=64`` names one and its parameters. Queries walk, so that
+neighbouring tokens agree as in the sweeps' ``scored`` pattern.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,6 +38,7 @@ SIZES = {"kernel_size": 32, "kernel_stride": 16}
 BLOCK, TOPK, WINDOW, CORRELATION = 64, 16, 512, 0.97
 BRANCHES = ("compression", "selection", "window")
 SPOTS = 48
+QUANTITIES = ("output", "query gradient", "key gradient", "value gradient")
 
 
 class Layer:
@@ -44,6 +46,7 @@ class Layer:
 
     def __init__(self, context: int, mode: str, options: argparse.Namespace) -> None:
         self.context, self.routes, self.device = context, options.route, options.device
+        self.beside = [name for name in options.dense if name == "cudnn" or installed(name)]
         heads, groups, width = options.heads, options.groups, options.width
         generator = torch.Generator(self.device).manual_seed(context)
 
@@ -90,7 +93,7 @@ class Layer:
     def selection(self, blocks: Tensor | None = None) -> Tensor:
         """The selection branch."""
         chosen = Selection.from_blocks(
-            self.blocks if blocks is None else blocks, block_size=BLOCK, context_length=self.context
+            self.blocks if blocks is None else blocks, block_size=BLOCK, context_length=self.context, complete=True
         )
         route = self.routes.get("selection", {})
         return selection_attention(self.query, self.keys["selection"], self.values["selection"], chosen, **route)
@@ -105,11 +108,12 @@ class Layer:
         return mix_branches(self.gates, self.query, self.pull, self.pull)
 
     def whole(self) -> Tensor:
-        """Everything between the projections."""
+        """Everything between the projections, in the layer's order."""
+        window = self.window()
         tokens = self.compress()
         compression = self.compression(tokens)
         selection = self.selection(self.choose(tokens))
-        return mix_branches(self.gates, compression, selection, self.window())
+        return mix_branches(self.gates, compression, selection, window)
 
     def dense(self, backend: str) -> Tensor:
         """Dense causal attention over the selection branch's keys."""
@@ -140,7 +144,8 @@ def walked(noise: Tensor) -> Tensor:
 
 
 def check(layer: Layer, mode: str, say: Callable[..., None]) -> bool:
-    """Spot rows of the three branches against the oracle in float64, within the derived bound."""
+    """Spot rows of the three branches against the oracle in float64, within the derived bound. In train the loss reads
+    the spot rows alone, and the gradients of queries, keys and values are held against the oracle's."""
     spots = sorted({*range(0, layer.context, max(1, layer.context // SPOTS)), layer.context - 1})
     rows = torch.tensor(spots, device=layer.device)
     exist = ((rows + 1 - SIZES["kernel_size"]).div(SIZES["kernel_stride"], rounding_mode="floor") + 1).clamp_min(0)
@@ -149,37 +154,47 @@ def check(layer: Layer, mode: str, say: Callable[..., None]) -> bool:
     def spread(start: Tensor, end: Tensor) -> Tensor:
         return torch.stack((start, end), -1)[None, :, None, None].expand(1, -1, groups, 1, 2)
 
+    key, value = layer.keys, layer.values
     cases = {
-        "compression": (layer.compression(), *layer.compressed, spread(0 * exist, exist), exist - 1),
-        "selection": (
-            layer.selection(),
-            layer.keys["selection"],
-            layer.values["selection"],
-            layer.blocks[:, rows],
-            rows,
-        ),
+        "compression": (layer.compression, *layer.compressed, spread(0 * exist, exist), exist - 1),
+        "selection": (layer.selection, key["selection"], value["selection"], layer.blocks[:, rows], rows),
         "window": (
-            *(layer.window(), layer.keys["window"], layer.values["window"]),
+            *(layer.window, key["window"], value["window"]),
             *(spread((rows + 1 - WINDOW).clamp_min(0), rows + 1), rows),
         ),
     }
-    right, oracle = True, PATHS["reference"].function()
-    for name, (found, key, value, given, places) in cases.items():
+    right, oracle, scale = True, PATHS["reference"].function(), layer.query.shape[4] ** -0.5
+    for name, (run, key, value, given, places) in cases.items():
         options = {"context_length": key.shape[2], "query_positions": places}
         if name == "selection":
             chosen = Selection.from_blocks(given, block_size=BLOCK, **options)
         else:
             chosen = Selection.from_ranges(given, **options)
-        call = (layer.query[:, rows].detach(), key.detach(), value.detach(), chosen)
-        exact = oracle(*call, scale=layer.query.shape[4] ** -0.5, workspace=None)
-        name_of_dtype = str(value.dtype).removeprefix("torch.")
-        eager = oracle(*call, scale=layer.query.shape[4] ** -0.5, workspace=None, compute_dtype=name_of_dtype)
-        error = float((found[:, rows].detach().double() - exact).abs().max())
-        eps = torch.finfo(value.dtype).eps
-        bound = max(2 * float((eager.double() - exact).abs().max()), 4 * eps * float(value.detach().abs().max()))
-        say(kind="check", mode=mode, operation=name, error=error, bound=bound, ok=error <= bound)
-        right = right and error <= bound
+        leaves = (layer.query, key, value)
+        found = outputs(run(), leaves, layer.pull, rows, mode == "train")
+        found = [found[0][:, rows], *(grad if n else grad[:, rows] for n, grad in enumerate(found[1:]))]
+        spot = tuple(leaf.detach().requires_grad_(mode == "train") for leaf in (layer.query[:, rows], key, value))
+        exact, eager = (
+            outputs(oracle(*spot, chosen, scale=scale, workspace=None, compute_dtype=dtype), spot, layer.pull[:, rows],
+                    slice(None), mode == "train")
+            for dtype in ("float64", str(value.dtype).removeprefix("torch."))
+        )  # fmt: skip
+        largest = [float(value.detach().abs().max()), *(float(grad.abs().max()) for grad in exact[1:])]
+        for what, one, truth, other, top in zip(QUANTITIES, found, exact, eager, largest, strict=False):
+            error = float((one.double() - truth).abs().max())
+            bound = max(2 * float((other.double() - truth).abs().max()), 4 * torch.finfo(value.dtype).eps * top)
+            say(kind="check", mode=mode, operation=name, quantity=what, error=error, bound=bound, ok=error <= bound)
+            right = right and error <= bound
     return right
+
+
+def outputs(out: Tensor, leaves: tuple[Tensor, ...], pull: Tensor, rows: Tensor | slice, train: bool) -> list[Tensor]:
+    """The output, and in train the gradients of ``leaves`` for ``pull`` at ``rows``, zero elsewhere."""
+    if not train:
+        return [out]
+    weight = torch.zeros_like(out)
+    weight[:, rows] = pull[:, rows].to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, leaves, weight)]
 
 
 def steps(layer: Layer, train: bool) -> dict[str, Callable[[], object]]:
@@ -193,9 +208,8 @@ def steps(layer: Layer, train: bool) -> dict[str, Callable[[], object]]:
         "whole": layer.whole,
     }
     if layer.device == "cuda" and layer.query.dtype in (torch.float16, torch.bfloat16):
-        parts["dense cudnn"] = lambda: layer.dense("cudnn")
-        if installed("flash_attn"):
-            parts["dense flash_attn"] = lambda: layer.dense("flash_attn")
+        for backend in layer.beside:
+            parts[f"dense {backend}"] = partial(layer.dense, backend)
     else:
         parts["dense math"] = lambda: layer.dense("math")
     if not train:
@@ -278,6 +292,7 @@ def main() -> None:
     parser.add_argument("--modes", type=lambda text: text.split(","), default=["prefill", "train"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--route", type=route, action="append", default=[])
+    parser.add_argument("--dense", type=lambda text: text.split(","), default=["cudnn", "flash_attn"])
     parser.add_argument("--heads", type=int, default=64)
     parser.add_argument("--groups", type=int, default=4)
     parser.add_argument("--width", type=int, default=128)

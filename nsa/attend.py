@@ -46,14 +46,20 @@ def flash_attn_attention(
     from flash_attn import flash_attn_func  # an optional package, imported where it can run
 
     out: Tensor = flash_attn_func(
-        query.flatten(2, 3),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
+        *(aligned(tensor) for tensor in (query.flatten(2, 3), key.transpose(1, 2), value.transpose(1, 2))),
         softmax_scale=scale,
         causal=causal,
         window_size=(window - 1, 0) if window else (-1, -1),
     )
     return torch.unflatten(out, 2, query.shape[2:4])
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor, copied if a row does not start at a multiple of 16 bytes: FlashAttention loads as much at once."""
+    item = tensor.element_size()
+    if tensor.data_ptr() % 16 or any(stride * item % 16 for stride in tensor.stride()[:-1]):
+        return tensor.contiguous()
+    return tensor
 
 
 def flash_attn_reason(problem: SelectionProblem, device: torch.device) -> str | None:

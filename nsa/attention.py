@@ -24,7 +24,8 @@ from .flags import Flags, read_flags
 from .mix import mix_branches
 from .opaque import opaque
 from .problem import compressed_count
-from .rotary import rotate, rotation
+from .projection import Parts, projection_widths, split_projection
+from .rotary import rotation
 from .scoring import choose_blocks
 from .selection import LogSums, Selection, blocks_to_ranges_v1
 from .trace import announce, executed
@@ -65,7 +66,7 @@ class NSAAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.dim = config, config.dim
         self.flags = read_flags() if flags is None else flags
         self.workspace = workspace
         named = self.flags.dispatch_table
@@ -79,13 +80,8 @@ class NSAAttention(nn.Module):
                 return MeanCompressor(config.kernel_size, config.kernel_stride)
             return MLPCompressor(config.kernel_size, config.kernel_stride, width, device=device, dtype=dtype)
 
-        groups, heads = config.num_kv_heads, config.num_heads
-        self.widths = (
-            heads * config.head_dim,
-            *(groups * config.head_dim for _ in BRANCHES),
-            *(groups * config.value_width for _ in BRANCHES),
-            heads * len(BRANCHES),
-        )
+        heads = config.num_heads
+        self.widths = projection_widths(config)
         self.project = linear(config.dim, sum(self.widths))
         self.gate_bias = nn.Parameter(torch.zeros(self.widths[-1], device=device, dtype=dtype))
         self.compress_key = compressor(config.head_dim)
@@ -99,7 +95,12 @@ class NSAAttention(nn.Module):
     def forward(self, x: Tensor, *, branch: Branch | None = None) -> Tensor:
         """x (B, S, dim), a whole context -> y (B, S, dim); for training, and without a cache."""
         self._check(x)
-        query, gates, keys, values = self._project(x, 0)
+        return cast(Tensor, self.output(self._whole(self.project(x), branch)))
+
+    @opaque
+    def _whole(self, projected: Tensor, branch: Branch | None) -> Tensor:
+        """What lies between the projections of a whole context, at one break of a compiled graph."""
+        query, gates, keys, values = self._split(projected, 0)
         compressed_key = self.compress_key(keys["compression"])
         compressed_value = self.compress_value(values["compression"])
         return self._attend(query, gates, keys, values, compressed_key, compressed_value, 0, branch)
@@ -166,7 +167,7 @@ class NSAAttention(nn.Module):
         config, first, done = self.config, cache.length, cache.compressed_length
         finished = False
         try:
-            query, gates, keys, values = self._project(x, first)
+            query, gates, keys, values = self._split(self.project(x), first)
             cache.append(keys, values)
             if compressed_count(cache.length, config.kernel_size, config.kernel_stride) > done:
                 fresh = slice(done * config.kernel_stride, None)
@@ -177,28 +178,20 @@ class NSAAttention(nn.Module):
             keys = {branch: cache.key(branch) for branch in BRANCHES}
             values = {branch: cache.value(branch) for branch in BRANCHES}
             compressed = cache.compressed_key, cache.compressed_value
-            y = self._attend(query, gates, keys, values, *compressed, first, branch)
+            y: Tensor = self.output(self._attend(query, gates, keys, values, *compressed, first, branch))
             finished = True
         finally:
             if not finished:
                 cache.truncate(first, done)
         return y
 
-    def _project(self, x: Tensor, first: int) -> tuple[Tensor, Tensor, dict[Branch, Tensor], dict[Branch, Tensor]]:
-        """Of tokens at positions ``first`` ..: query (B, S, G, h, Dk), gates (B, S, G, h, 3) in [0, 1] (paper eq. 5),
-        and per branch keys (B, G, S, Dk) and values (B, G, S, Dv). Queries and keys are turned by their positions."""
-        config = self.config
-        turn = rotation(first, x.shape[1], config.head_dim, config.rotary_base, dtype=x.dtype, device=x.device)
-        rows, groups = (config.num_kv_heads, config.heads_per_group, -1), (config.num_kv_heads, -1)
-        query, k0, k1, k2, v0, v1, v2, gates = self.project(x).split(self.widths, 2)
-        keys = {name: torch.unflatten(key, 2, groups) for name, key in zip(BRANCHES, (k0, k1, k2), strict=True)}
-        values = {name: torch.unflatten(value, 2, groups) for name, value in zip(BRANCHES, (v0, v1, v2), strict=True)}
-        return (
-            rotate(torch.unflatten(query, 2, rows), turn),
-            torch.unflatten(torch.sigmoid(gates + self.gate_bias.to(gates.dtype)), 2, rows),
-            {name: rotate(key, turn).transpose(1, 2) for name, key in keys.items()},
-            {name: value.transpose(1, 2) for name, value in values.items()},
+    def _split(self, projected: Tensor, first: int) -> Parts:
+        """``split_projection`` of tokens at positions ``first`` .."""
+        config, tokens = self.config, projected.shape[1]
+        turn = rotation(
+            first, tokens, config.head_dim, config.rotary_base, dtype=projected.dtype, device=projected.device
         )
+        return split_projection(projected, turn, self.gate_bias, config)
 
     def _attend(
         self,
@@ -211,11 +204,24 @@ class NSAAttention(nn.Module):
         first: int,
         branch: Branch | None,
     ) -> Tensor:
-        """The three branches of queries at positions ``first`` .., gated, added and projected: (B, S, dim)."""
+        """The three branches of queries at positions ``first`` .., gated and added: (B, S, G * h * Dv).
+
+        The window comes first: it waits for no other branch, and while it runs the host prepares the others' launches.
+        """
         config, table = self.config, self.dispatch_table
         outs: dict[Branch, Tensor] = {}
         workspace = shared_workspace(query.device) if self.workspace is None else self.workspace
         sums = LogSums()
+        if branch in (None, "window"):
+            outs["window"] = window_attention(
+                query,
+                keys["window"],
+                values["window"],
+                window=config.window_size,
+                flash_attention=self.flags.flash_attention_window,
+                workspace=workspace,
+                table=table,
+            )
         if branch in (None, "compression"):
             outs["compression"] = compressed_attention(
                 query,
@@ -231,28 +237,24 @@ class NSAAttention(nn.Module):
             )
         if branch in (None, "selection"):
             raw = keys["selection"], values["selection"]
-            outs["selection"] = self._select(query, *raw, compressed_key, sums.tensor)
-        if branch in (None, "window"):
-            outs["window"] = window_attention(
-                query,
-                keys["window"],
-                values["window"],
-                window=config.window_size,
-                flash_attention=self.flags.flash_attention_window,
-                workspace=workspace,
-                table=table,
-            )
+            outs["selection"] = self._select(query, *raw, compressed_key, sums.tensor, workspace)
         if branch:
-            return cast(Tensor, self.output(outs[branch].flatten(2)))
+            return outs[branch].flatten(2)
         compression, selection, window = (outs[name] for name in BRANCHES)
-        return cast(Tensor, self.output(mix_branches(gates, compression, selection, window).flatten(2)))
+        return mix_branches(gates, compression, selection, window).flatten(2)
 
     def _check(self, x: Tensor) -> None:
-        if x.dim() != 3 or x.shape[2] != self.config.dim or min(x.shape) < 1:
-            raise ArgumentError(f"x has shape {tuple(x.shape)}, expected (B, S, {self.config.dim}), B and S at least 1")
+        if x.dim() != 3 or x.shape[2] != self.dim or min(x.shape) < 1:
+            raise ArgumentError(f"x has shape {tuple(x.shape)}, expected (B, S, {self.dim}), B and S at least 1")
 
     def _select(
-        self, query: Tensor, key: Tensor, value: Tensor, compressed_key: Tensor, logsum: Tensor | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        compressed_key: Tensor,
+        logsum: Tensor | None,
+        workspace: Workspace,
     ) -> Tensor:
         config = self.config
         blocks = choose_blocks(
@@ -281,6 +283,6 @@ class NSAAttention(nn.Module):
             path=flags.path or "auto",
             parameters=flags.adjust(flags.path, {}) if flags.path else None,
             overrides={path: parameters for path, parameters in reservable.items() if parameters},
-            workspace=shared_workspace(query.device) if self.workspace is None else self.workspace,
+            workspace=workspace,
             table=self.dispatch_table,
         )

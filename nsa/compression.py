@@ -7,14 +7,17 @@ given the raw tokens from i*d on yields exactly the tokens from i on. Which bloc
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .device import installed
 from .dispatch import selection_attention
 from .dispatch_table import DispatchTable
+from .opaque import opaque
 from .planning import Strict
 from .problem import compressed_count
 from .selection import LogSums, Selection
@@ -22,6 +25,7 @@ from .trace import ParameterValue, announce, executed
 from .workspace import Workspace
 
 Compression = Literal["mean", "mlp"]
+Route = Literal["auto", "torch", "triton"]
 FLASH_ATTENTION = "flash_attn_compressed"
 
 
@@ -33,17 +37,28 @@ class MeanCompressor(nn.Module):
         self.kernel_size, self.kernel_stride = kernel_size, kernel_stride
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(B, G, T, D) -> (B, G, N, D), N = compressed_count(T). Each raw token is read once."""
-        count = compressed_count(tokens.shape[2], self.kernel_size, self.kernel_stride)
-        parts = self.kernel_size // self.kernel_stride
-        strides = count + parts - 1 if count else 0
-        pieces = torch.unflatten(tokens[:, :, : strides * self.kernel_stride], 2, (strides, self.kernel_stride))
-        wide = torch.promote_types(tokens.dtype, torch.float32)
-        sums = pieces.sum(3, dtype=wide)
-        total = sums[:, :, :count]
-        for part in range(1, parts):
-            total = total + sums[:, :, part : part + count]
-        return (total / self.kernel_size).to(tokens.dtype)
+        """(B, G, T, D) -> (B, G, N, D), N = compressed_count(T). On a GPU one kernel each way."""
+        return mean_of_blocks(tokens, self.kernel_size, self.kernel_stride)
+
+
+@partial(opaque, when=lambda tokens, *_, **__: tokens.is_cuda)
+def mean_of_blocks(tokens: Tensor, kernel_size: int, kernel_stride: int, *, route: Route = "auto") -> Tensor:
+    """``MeanCompressor``'s forward. ``route``: auto = triton on a GPU that has it."""
+    if route == "triton" or (route == "auto" and tokens.is_cuda and installed("triton")):
+        from .kernels.compress import MeanFunction  # Triton, loaded when first run
+
+        tokens = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
+        return cast(Tensor, MeanFunction.apply(tokens, kernel_size, kernel_stride))  # type: ignore[no-untyped-call]
+    count = compressed_count(tokens.shape[2], kernel_size, kernel_stride)
+    parts = kernel_size // kernel_stride
+    strides = count + parts - 1 if count else 0
+    pieces = torch.unflatten(tokens[:, :, : strides * kernel_stride], 2, (strides, kernel_stride))
+    wide = torch.promote_types(tokens.dtype, torch.float32)
+    sums = pieces.sum(3, dtype=wide)
+    total = sums[:, :, :count]
+    for part in range(1, parts):
+        total = total + sums[:, :, part : part + count]
+    return (total / kernel_size).to(tokens.dtype)
 
 
 class MLPCompressor(nn.Module):

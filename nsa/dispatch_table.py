@@ -47,7 +47,7 @@ DEFAULT_PATHS: dict[Operation, dict[tuple[str, Mode], tuple[str, ...]]] = {
         ("cpu", "train"): ("sdpa_window",),
         ("cuda", "decode"): ("flash_attn_window", "sdpa_window"),
         ("cuda", "prefill"): ("triton_window", "flash_attn_window", "sdpa_window"),
-        ("cuda", "train"): ("flash_attn_window", "sdpa_window"),
+        ("cuda", "train"): ("triton_window", "flash_attn_window", "sdpa_window"),
     },
     "compression": {
         ("cpu", "decode"): ("sdpa_compressed",),
@@ -55,11 +55,11 @@ DEFAULT_PATHS: dict[Operation, dict[tuple[str, Mode], tuple[str, ...]]] = {
         ("cpu", "train"): ("sdpa_compressed",),
         ("cuda", "decode"): ("flash_attn_compressed", "sdpa_compressed"),
         ("cuda", "prefill"): ("triton_compressed", "sdpa_compressed"),
-        ("cuda", "train"): ("sdpa_compressed",),
+        ("cuda", "train"): ("cudnn_compressed", "sdpa_compressed"),
     },
 }
 """Where nothing was measured: of these the first that can run the problem, the last one always can. Each was seen right
-and fast on its kind of device in its mode; the Triton routes' backward was not yet swept on a GPU."""
+and fast on its kind of device in its mode."""
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):

@@ -115,11 +115,13 @@ def _fused(
     wide = scoring_dtype(query.dtype) == torch.float64
     places = None if positions is None else positions.expand(query.shape[0], -1)
     key = compressed_key[:, :, : compressed_count(context_length, kernel_size, kernel_stride)]
+    interval = Interval(kernel_size, kernel_stride, 0, context_length - query.shape[1], places)
+    logsum = None if wide else logsum
     return score.choose(
         query if query.stride(-1) == 1 else query.contiguous(),
         key if key.stride(-1) == 1 else key.contiguous(),
-        Interval(kernel_size, kernel_stride, 0, context_length - query.shape[1], places),
-        None if wide else logsum,
+        interval,
+        logsum,
         query.shape[-1] ** -0.5 if scale is None else scale,
         block_size=block_size,
         topk=topk,
@@ -127,7 +129,7 @@ def _fused(
         index_bits=INDEX_BITS,
         forced=FORCED,
         wide=wide,
-        **score.tiles(query, key, wide),
+        **score.tiles(query, key, wide, interval, logsum, block_size),
     )
 
 

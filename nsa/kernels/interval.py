@@ -201,9 +201,15 @@ def forward(
 ) -> Tensor:
     """Output (B, S, G, h, Dv); fills ``logsum`` (B, S, G, h) float32, base 2, if given. ``scale`` is positive.
 
-    query (B, S, G, h, Dk), key (B, G, N, Dk), value (B, G, N, Dv). Keys that no row reads are never loaded.
+    query (B, S, G, h, Dk), key (B, G, N, Dk), value (B, G, N, Dv). Keys that no row reads are never loaded. ``loads``
+    "ring" is the kernel of ``ring``, which ``interval_support.ring_reason`` says where to take.
     """
     batch, queries, groups, heads, _ = unit_last(query, "query").shape
+    if loads == "ring":
+        from .ring import forward as ring_forward  # Gluon, loaded where it can run
+
+        there, options = existing_keys(interval, queries, key.shape[2]), launch_options(warps, stages, registers)
+        return ring_forward(query, key, value, interval, scale, logsum, there, int(tokens), int(keys), options)
     out = torch.empty((batch, queries, groups, heads, value.shape[3]), dtype=value.dtype, device=value.device)
     constants = sizes(query, value)
     tile = least_tokens(int(tokens), constants["HP"])

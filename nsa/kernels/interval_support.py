@@ -8,7 +8,9 @@ from ..problem import SelectionProblem
 from ..trace import ParameterValue
 from .support import Ladder, device_reason, loads_ladder, loads_reason, padded, shared_reason
 
-FORWARD = r"^nsa_interval_forward$"
+FORWARD = r"^nsa_interval_(forward|ring)$"
+RING_WIDTHS = (64, 128)
+"""Head dims of the kernel ``ring``: whole rows of its swizzled shared memory."""
 
 
 def ladders(path: str, problem: SelectionProblem, device: torch.device) -> list[Ladder]:
@@ -28,7 +30,7 @@ def ladders(path: str, problem: SelectionProblem, device: torch.device) -> list[
         {"name": "keys", "ladder": (32, 64, 128), "default": 32 if wide else 64},
         {"name": "warps", "ladder": (4, 8), "default": 4 if wide else 8},
         {"name": "stages", "ladder": (1, 2, 3), "default": 1 if wide else 2},
-        loads_ladder(path, problem, device),
+        _loads(path, problem, device),
         {"name": "registers", "ladder": (0, 128), "default": 0 if wide or large else 128},
     ]
     if problem.mode != "train":
@@ -46,6 +48,27 @@ def ladders(path: str, problem: SelectionProblem, device: torch.device) -> list[
     ]
 
 
+def _loads(path: str, problem: SelectionProblem, device: torch.device) -> Ladder:
+    """``loads_ladder``, and ``ring``: the kernel written for compute capability 9.0."""
+    usual = loads_ladder(path, problem, device)
+    if ring_reason(path, problem, device):
+        return usual
+    return {**usual, "ladder": (*usual["ladder"], "ring")}
+
+
+def ring_reason(path: str, problem: SelectionProblem, device: torch.device) -> str | None:
+    """Why the kernel ``ring`` cannot run the problem on the device; None if it can."""
+    if device.type != "cuda":
+        return f"{path} with loads='ring' needs a CUDA device"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] != 9:
+        return f"{path} with loads='ring' is written for compute capability 9.0"
+    if problem.dtype not in ("float16", "bfloat16"):
+        return f"{path} with loads='ring' needs float16 or bfloat16, got {problem.dtype}"
+    if problem.Dk not in RING_WIDTHS or problem.Dv not in RING_WIDTHS:
+        return f"{path} with loads='ring' needs head dims of {RING_WIDTHS}, got {problem.Dk} and {problem.Dv}"
+    return None
+
+
 def reason(
     path: str, problem: SelectionProblem, device: torch.device, parameters: dict[str, ParameterValue]
 ) -> str | None:
@@ -59,7 +82,13 @@ def reason(
     if why := device_reason(path, device):
         return why
     values = {ladder["name"]: ladder["default"] for ladder in ladders(path, problem, device)} | parameters
-    if why := loads_reason(path, str(values["loads"]), problem, device):
+    if values["loads"] == "ring":
+        rows = int(values["tokens"]) * padded(problem.h)
+        if why := ring_reason(path, problem, device):
+            return why
+        if rows != 16 * int(values["warps"]) or int(values["stages"]) < 2:
+            return f"{path} with loads='ring' needs 16 rows a warp and 2 stages, got {rows} rows and {values}"
+    elif why := loads_reason(path, str(values["loads"]), problem, device):
         return why
     return _shared_reason(path, problem, values)
 

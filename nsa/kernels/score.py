@@ -28,6 +28,8 @@ from .layout import LOG2E, LOWEST, load_query, load_rows, power_of_two, unit_las
 
 CHUNK_ELEMENTS = 2**26
 """Sums held at once: 256 MiB in float32, 512 MiB in float64."""
+RING_WIDTHS = (64, 128)
+"""Head dims of ``score_ring``: whole rows of its swizzled shared memory."""
 RANK_BLOCKS = 1024
 """Blocks that one warp ranks: 32 for each lane."""
 
@@ -146,10 +148,11 @@ def last_chosen(key, TOPK: tl.constexpr):
 def nsa_rank_blocks(
     SUMS, BLOCKS, FIRST, POSITION, S, first, keys, queries, G, spb, sps, plane,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr,
-    TOPK: tl.constexpr, SLOTS: tl.constexpr, NB: tl.constexpr, INDEX_BITS: tl.constexpr, FORCED: tl.constexpr,
+    FOLDED: tl.constexpr, TOPK: tl.constexpr, SLOTS: tl.constexpr, NB: tl.constexpr, INDEX_BITS: tl.constexpr,
+    FORCED: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * G * S,), a row each: SUMS as ``nsa_score_tokens`` left them -> BLOCKS (B, queries, G, TOPK) from query
-    ``first`` on.
+    """Grid (B * G * S,), a row each: SUMS as ``nsa_score_tokens`` left them, FOLDED as ``nsa_score_ring`` did -> BLOCKS
+    (B, queries, G, TOPK) from query ``first`` on.
 
     A block adds its tokens in ascending order. Keys rank as in ``nsa.scoring.rank_blocks`` and are all different, so
     those from the TOPK-th largest on are the choice, and a running count puts them in ascending order. In float32 the
@@ -162,13 +165,18 @@ def nsa_rank_blocks(
     position = row_positions(FIRST, POSITION, b, first + s, spb, sps)
     _, end = key_bounds(position, keys, KERNEL, STRIDE, 0)
     block = tl.arange(0, NB)
-    row = SUMS + pid.to(tl.int64) * (RATIO * plane)
-    score = tl.zeros([NB], SUMS.dtype.element_ty)
-    for place in tl.static_range(KERNEL // STRIDE - 1 + RATIO):
-        token = block * RATIO + (place - KERNEL // STRIDE + 1)
-        part = row + token % RATIO * plane + token // RATIO
-        part = tl.load(part, mask=(token >= 0) & (token < end), other=0.0)
-        score += part * shared_strides(place * STRIDE - KERNEL + STRIDE, KERNEL, STRIDE, SIZE)
+    if FOLDED:
+        row = SUMS + pid.to(tl.int64) * (2 * plane) + block
+        score = tl.load(row + plane - 1, mask=(block > 0) & ((block - 1) * RATIO < end), other=0.0)
+        score += tl.load(row, mask=block * RATIO < end, other=0.0)
+    else:
+        row = SUMS + pid.to(tl.int64) * (RATIO * plane)
+        score = tl.zeros([NB], SUMS.dtype.element_ty)
+        for place in tl.static_range(KERNEL // STRIDE - 1 + RATIO):
+            token = block * RATIO + (place - KERNEL // STRIDE + 1)
+            part = row + token % RATIO * plane + token // RATIO
+            part = tl.load(part, mask=(token >= 0) & (token < end), other=0.0)
+            score += part * shared_strides(place * STRIDE - KERNEL + STRIDE, KERNEL, STRIDE, SIZE)
     own = position // SIZE
     chosen = block <= own
     tied = True
@@ -195,12 +203,19 @@ def nsa_rank_blocks(
     tl.store(target + slots, -1, mask=(slots < TOPK) & (slots >= tl.max(count, 0)))
 
 
-def tiles(query: Tensor, key: Tensor, wide: bool) -> dict[str, ParameterValue]:
+def tiles(
+    query: Tensor, key: Tensor, wide: bool, interval: Interval, logsum: Tensor | None, block_size: int
+) -> dict[str, ParameterValue]:
     """Tile and launch for query (B, S, G, h, Dk) and key (B, G, N, Dk); ``wide``: scores are float64."""
     aligned = all(stride * key.element_size() % 16 == 0 for stride in key.stride()[:3]) and key.data_ptr() % 16 == 0
-    modern = key.is_cuda and torch.cuda.get_device_capability(key.device) >= (9, 0)
+    capability = torch.cuda.get_device_capability(key.device) if key.is_cuda else (0, 0)
     large = query.shape[4] > 128
-    bulk = aligned and modern and not wide
+    bulk = aligned and capability >= (9, 0) and not wide
+    known = logsum is not None and interval.positions is None
+    fitting = query.shape[4] in RING_WIDTHS and interval.kernel_size <= block_size <= 64 * interval.kernel_stride
+    if bulk and capability[0] == 9 and known and fitting and 64 * interval.kernel_stride % block_size == 0:
+        tokens = 128 // power_of_two(query.shape[3])
+        return {"tokens": tokens, "keys": 64, "warps": 4, "stages": 2, "loads": "ring", "registers": 168}
     return {
         "tokens": max(1, (64 if wide else 128 if large else 256) // power_of_two(query.shape[3])),
         "keys": 32 if wide else 64,
@@ -234,7 +249,8 @@ def choose(
     """Blocks (B, S, G, topk) int32, ascending, then -1, of query (B, S, G, h, Dk) and compressed key (B, G, N, Dk).
 
     ``blocks`` of the context; ``wide``: score in float64; ``logsum`` (B, S, G, h) float32, base 2, of the compressed
-    attention with this scale, or None = found here. ``index_bits`` and ``forced`` are those of ``nsa.scoring``.
+    attention with this scale, or None = found here, but by ``loads`` "ring", the kernel of ``score_ring``.
+    ``index_bits`` and ``forced`` are those of ``nsa.scoring``.
     """
     if scale < 0:
         query, scale = -query, -scale
@@ -248,8 +264,9 @@ def choose(
         second = describe(key, there, int(keys), constants["DK1"]) if constants["DK1"] else None
         sources = (describe(key, there, int(keys), constants["DK0"]), second)
     ratio = block_size // interval.kernel_stride
+    folded = loads == "ring"
     plane = triton.cdiv(max(1, triton.cdiv(there, ratio)), 16) * 16
-    row = batch * groups * ratio * plane
+    row = batch * groups * (2 if folded else ratio) * plane
     chunk = max(1, min(queries, CHUNK_ELEMENTS // row))
     if chunk < queries:
         chunk = max(tile, chunk // tile * tile)
@@ -264,7 +281,14 @@ def choose(
         count = min(chunk, queries - first)
         upto = existing_keys(interval, first + count, key.shape[2])
         reach = blocks if positions is not None else (position + first + count - 1) // block_size + 1
-        if upto:
+        if upto and folded and logsum is not None:
+            from .score_ring import score_blocks  # Gluon, loaded where it can run
+
+            score_blocks(
+                query, key, logsum, sums, interval, first=first, count=count, there=upto, plane=plane, scale=scale,
+                ratio=ratio, tokens=tile, keys=int(keys), options=launch,
+            )  # fmt: skip
+        elif upto:
             nsa_score_tokens[(batch * groups * triton.cdiv(count, tile),)](
                 query, *sources, logsum, sums, position, positions, count, first, upto, groups,
                 *position_strides, *query.stride()[:4], *key.stride()[:3], *logsum_strides, plane,
@@ -274,8 +298,8 @@ def choose(
         held = power_of_two(max(1, min(reach, blocks)))
         nsa_rank_blocks[(batch * groups * count,)](
             sums, chosen, position, positions, count, first, upto, queries, groups, *position_strides, plane,
-            **rule, RATIO=ratio, SIZE=block_size, TOPK=topk, SLOTS=power_of_two(topk), NB=held, INDEX_BITS=index_bits,
-            FORCED=forced >> index_bits,
+            **rule, RATIO=ratio, SIZE=block_size, FOLDED=folded, TOPK=topk, SLOTS=power_of_two(topk), NB=held,
+            INDEX_BITS=index_bits, FORCED=forced >> index_bits,
             num_warps=max(1, min(8, held // RANK_BLOCKS)),
         )  # fmt: skip
     return chosen

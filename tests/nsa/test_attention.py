@@ -225,9 +225,9 @@ def test_every_branch_reports_what_ran(mode):
         else:
             layer.decode(x[:, :1], cache)
     assert [(record.operation, record.path) for record in recorder.executed] == [
+        ("window", "sdpa_window"),
         ("compression", "sdpa_compressed"),
         ("selection", "gather" if mode == "decode" else "dense"),
-        ("window", "sdpa_window"),
         *([("decode", "branches")] if mode == "decode" else []),
     ]
     assert all(record.status == "default" and record.reason for record in recorder.executed)

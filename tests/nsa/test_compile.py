@@ -43,9 +43,9 @@ def test_a_compiled_model_gives_the_same_output_and_gradients(device):
             assert float((a - b).abs().max()) <= 64 * torch.finfo(torch.float32).eps * float(a.abs().max() + 1)
 
 
-def test_dispatch_is_not_traced_and_a_layer_is_three_graphs():
+def test_dispatch_is_not_traced_and_a_layer_is_two_graphs():
     found = torch._dynamo.explain(NSAAttention(CONFIG, flags=Flags()))(torch.randn(1, 40, 16))
-    assert found.graph_count <= 3
+    assert found.graph_count == 2
     assert all("function marked as skipped" in str(reason.reason) for reason in found.break_reasons)
 
 
@@ -54,4 +54,4 @@ def test_what_executed_in_a_compiled_model_is_recorded():
     compiled(torch.randn(1, 40, 16))
     with record_paths() as seen:
         compiled(torch.randn(1, 40, 16))
-    assert [record.operation for record in seen.executed] == ["compression", "selection", "window"] * 2
+    assert [record.operation for record in seen.executed] == ["window", "compression", "selection"] * 2

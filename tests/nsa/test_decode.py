@@ -238,7 +238,7 @@ def test_a_distinctive_key_far_back_is_found_and_read():
     with torch.no_grad():
         layer.project.weight[layer.widths[0] :].mul_(0.1)
     _, cache = layer.prefill(x[:, :130], capacity=131)
-    query = layer._project(x[:, 130:], 130)[0].mean(3)[0, 0].detach()  # (G, Dk)
+    query = layer._split(layer.project(x[:, 130:]), 130)[0].mean(3)[0, 0].detach()  # (G, Dk)
     for needle in (4, 9):
         cache.trim([130])
         held = cache.compressed_keys.clone()
@@ -436,7 +436,7 @@ def test_at_64k_a_needle_is_found_at_the_default_sizes(dtype):
         storage.normal_()
     cache.advance(65536)
     x = torch.randn(1, 1, 256, device=DEVICE, dtype=dtype)
-    query = layer._project(x, 65536)[0].mean(3)[0, 0]
+    query = layer._split(layer.project(x), 65536)[0].mean(3)[0, 0]
     for needle in (1, 500, 1020):
         cache.compressed_keys[0, :, 4 * needle] = 40 * query
         cache.lengths.fill_(65536)

@@ -14,7 +14,7 @@ from tests.interpreter import prepare
 INTERPRETED = prepare()
 
 from nsa.errors import UnsupportedPathError  # noqa: E402  kernels load Triton, which asks for its mode once
-from nsa.kernels import interval_gradient  # noqa: E402
+from nsa.kernels import interval_gradient, interval_support  # noqa: E402
 from nsa.kernels.interval import Interval  # noqa: E402
 from nsa.paths import PATHS  # noqa: E402
 from nsa.problem import SelectionProblem  # noqa: E402
@@ -201,6 +201,27 @@ def test_log_sums_are_left_for_scoring() -> None:
     assert float((sums[finite] - exact[finite]).abs().max()) <= 8 * torch.finfo(torch.float32).eps * 8
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("registers", [0, 128])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"S": 1, "first": 20, "h": 16, "Dk": 64, "Dv": 64},
+        {"S": 40, "h": 16, "Dk": 128, "Dv": 128},
+        {"S": 333, "first": 77, "B": 2, "h": 6, "Dk": 64, "Dv": 128},
+        {"S": 1003, "h": 16, "Dk": 128, "Dv": 128, "window": 200},
+    ],
+    ids=str,
+)
+@both
+def test_the_kernel_for_capability_nine_is_the_oracle(operation, sizes, registers, poisoned) -> None:
+    case = Case(operation, **sizes, dtype=torch.bfloat16)
+    tokens = 128 // (16 if sizes["h"] == 16 else 8)
+    assert_matches(
+        case, loads="ring", tokens=tokens, keys=64, warps=8, stages=2, registers=registers
+    )  # fmt: skip
+
+
 @both
 def test_what_cannot_run_is_said_before_and_defaults_stand_on_their_ladders(operation: str) -> None:
     path = PATHS["triton_window" if operation == "window" else "triton_compressed"]
@@ -221,6 +242,15 @@ def test_what_cannot_run_is_said_before_and_defaults_stand_on_their_ladders(oper
         assert word in reason
     wide = problem(Dk=256, Dv=256, h=16)
     assert "shared memory" in path.unsupported_reason(wide, DEVICE, {"tokens": 16, "keys": 128, "stages": 3})
+    for device, changes, word in (
+        ("cpu", {}, "CUDA"),
+        ("cuda", {"Dk": 96}, "head dims"),
+        ("cuda", {"dtype": "float32"}, "bfloat16"),
+    ):
+        one = problem(**{"Dk": 128, "Dv": 128, "dtype": "bfloat16", **changes})
+        reason = interval_support.ring_reason("path", one, torch.device(device))
+        assert reason is not None
+        assert word in reason
     for heads in (1, 3, 16, 64):
         for dtype in ("float32", "bfloat16"):
             one = problem(h=heads, dtype=dtype, Dk=128, Dv=128)

@@ -46,7 +46,9 @@ def test_a_synchronisation_would_be_seen() -> None:
         torch.ones(1, device="cuda").item()
 
 
-@pytest.mark.parametrize("tokens", [40, 64, 1003])
+@pytest.mark.parametrize(
+    "tokens", [50, 64, 1003]
+)  # below 48 no row has two tokens, and gradients are 0 but for rounding
 def test_cudnn_over_compressed_tokens_is_the_oracle_with_gradients_and_log_sums(tokens: int) -> None:
     generator = torch.Generator("cuda").manual_seed(tokens)
     count = compressed_count(tokens, 32, 16)

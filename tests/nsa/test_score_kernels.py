@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,9 +16,10 @@ INTERPRETED = prepare()
 
 from nsa.compression import compressed_attention, compressed_count  # noqa: E402  kernels load Triton, see above
 from nsa.errors import UnsupportedPathError  # noqa: E402
-from nsa.kernels import score  # noqa: E402
+from nsa.kernels import score, score_ring  # noqa: E402
+from nsa.kernels.interval import Interval  # noqa: E402
 from nsa.mix import mix_branches  # noqa: E402
-from nsa.scoring import block_scores, choose_blocks  # noqa: E402
+from nsa.scoring import FORCED, INDEX_BITS, block_scores, choose_blocks  # noqa: E402
 from nsa.selection import LogSums  # noqa: E402
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -61,10 +64,15 @@ def test_any_sizes_topk_and_ties_choose_as_torch_does(sizes, queries, first, top
     assert torch.equal(choose_blocks(query, key, topk=topk, route="triton", **arguments), wanted)
 
 
-@pytest.mark.parametrize("given_sums", [False, True])
-def test_sixteen_bit_rows_differ_only_where_scores_are_within_the_bound(given_sums: bool) -> None:
+@pytest.mark.parametrize(
+    ("given_sums", "width", "heads"), [(False, 16, 3), (True, 16, 3), (True, 64, 3), (True, 64, 16)]
+)
+def test_sixteen_bit_rows_differ_only_where_scores_are_within_the_bound(
+    given_sums: bool, width: int, heads: int
+) -> None:
+    """On a GPU of compute capability 9.0 those of width 64 are scored by the kernel in Gluon."""
     sizes, topk = (8, 4, 8), 4
-    query, key, arguments = rows_of(61, 0, sizes, torch.bfloat16, batch=2)
+    query, key, arguments = rows_of(61, 0, sizes, torch.bfloat16, batch=2, width=width, heads=heads)
     logsum = None
     if given_sums:
         sums = LogSums()
@@ -86,10 +94,56 @@ def test_sixteen_bit_rows_differ_only_where_scores_are_within_the_bound(given_su
         assert float(scores.max() - scores.min()) <= 2 * bound
 
 
-def test_exact_ties_of_sixteen_bit_rows_go_to_the_lower_block() -> None:
-    query, key, arguments = rows_of(80, 0, (4, 4, 4), torch.bfloat16, distinct=1)
-    found = choose_blocks(query, key, topk=6, route="triton", **arguments)
-    assert found[0, 79].tolist() == [[0, 1, 2, 3, 18, 19]] * 2
+@pytest.mark.parametrize("width", [16, 64])
+def test_exact_ties_of_sixteen_bit_rows_go_to_the_lower_block(width: int) -> None:
+    query, key, arguments = rows_of(80, 0, (4, 4, 4), torch.bfloat16, distinct=1, width=width)
+    sums = LogSums()
+    path = {"path": "triton_compressed", "parameters": {"tokens": 4, "keys": 32}}
+    compressed_attention(query, key, key, first_position=0, kernel_size=4, kernel_stride=4, sums=sums, **path)
+    for logsum in (None, sums.tensor):
+        found = choose_blocks(query, key, topk=6, route="triton", logsum=logsum, **arguments)
+        assert found[0, 79].tolist() == [[0, 1, 2, 3, 18, 19]] * 2
+
+
+def folded(
+    query: Tensor, key: Tensor, logsum: Tensor, sums: Tensor, interval: Interval, *, first: int, count: int, there: int,
+    plane: int, scale: float, ratio: int, **_: object,
+) -> None:  # fmt: skip
+    """What ``score_ring.score_blocks`` leaves, by torch."""
+    rows = query[:, first : first + count].permute(0, 2, 1, 3, 4)
+    scores = torch.einsum("bgshd,bgtd->bgsht", rows, key[:, :, :there]) * (scale / math.log(2))
+    weights = torch.exp2(scores - logsum[:, first : first + count].permute(0, 2, 1, 3)[..., None]).sum(3)
+    position = interval.first_position + first + torch.arange(count)
+    end = (position + 1 - interval.kernel_size).div(interval.kernel_stride, rounding_mode="floor") + 1
+    weights = weights * (torch.arange(there) < end[:, None])
+    weights = torch.nn.functional.pad(weights, (0, plane * ratio - there)).unflatten(3, (plane, ratio))
+    reach = (torch.arange(ratio) + interval.kernel_size // interval.kernel_stride - ratio).clamp_min(0)
+    own = weights * (interval.kernel_size // interval.kernel_stride - reach)
+    held = sums[: 2 * plane * weights[..., 0, 0].numel()].view(*weights.shape[:3], 2, plane)
+    held[:, :, :, 0], held[:, :, :, 1] = own.sum(4), (weights * reach).sum(4)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="stands in for a kernel that runs on a GPU")
+@pytest.mark.parametrize("sizes", [SIZES[0], SIZES[2], SIZES[4], (8, 2, 16)], ids=str)
+def test_blocks_ranked_from_their_own_part_and_what_the_one_before_reaches_over_are_torchs(
+    sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(score_ring, "score_blocks", folded)
+    monkeypatch.setattr(score, "CHUNK_ELEMENTS", 2**10)
+    kernel_size, kernel_stride, block_size = sizes
+    for queries, first in ((90, 0), (33, 71)):
+        query, key, arguments = rows_of(queries, first, sizes, torch.float32)
+        sums = LogSums()
+        path = {"path": "triton_compressed", "parameters": {"tokens": 4, "keys": 32}}
+        interval = Interval(kernel_size, kernel_stride, first_position=first)
+        common = {"first_position": first, "kernel_size": kernel_size, "kernel_stride": kernel_stride}
+        compressed_attention(query, key, key, sums=sums, **common, **path)
+        found = score.choose(
+            query, key, interval, sums.tensor, 16**-0.5, block_size=block_size, topk=5, wide=False,
+            blocks=-(-arguments["context_length"] // block_size), index_bits=INDEX_BITS, forced=FORCED,
+            tokens=4, keys=64, warps=4, stages=2, loads="ring", registers=0,
+        )  # fmt: skip
+        assert torch.equal(found, choose_blocks(query, key, topk=5, route="torch", **arguments))
 
 
 def test_positions_in_any_order_and_chunks_choose_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nsa.attend import aligned
 from nsa.dispatch import DispatchWarning
 from nsa.paths import PATHS, sdpa_window
 from nsa.paths.sdpa_window import window_mask
@@ -177,3 +178,13 @@ def test_flash_attn_equals_plain_loops_where_it_runs(queries, keys, dtype):
     eager = loops(*tensors, WINDOW, dtype)
     limit = bound(float((eager.double() - oracle).abs().max()), dtype, float(value.abs().max()))
     assert float((got - oracle).abs().max()) <= limit
+
+
+def test_only_tensors_whose_rows_start_off_16_bytes_are_copied_for_flash_attn():
+    plain = torch.zeros(2, 5, 3, 8, dtype=torch.bfloat16)
+    assert aligned(plain) is plain
+    assert aligned(plain.transpose(1, 2)).data_ptr() == plain.data_ptr()
+    odd = torch.arange(2 * 5 * 28, dtype=torch.bfloat16).view(2, 5, 28)[..., :24].unflatten(2, (3, 8))
+    copy = aligned(odd)
+    assert torch.equal(copy, odd)
+    assert copy.stride() == (120, 24, 8, 1)

@@ -118,7 +118,7 @@ def test_the_rows_of_the_projection_are_told_apart_by_role() -> None:
     config = NSAConfig(dim=16, num_heads=4, num_kv_heads=2, head_dim=4, value_head_dim=6)
     layer = NSAAttention(config, flags=Flags(), dtype=torch.float64)
     roles, x = weights_of(layer.state_dict(), config, torch.float64), torch.randn(1, 5, 16, dtype=torch.float64)
-    _, gates, keys, values = layer._project(x, 0)
+    _, gates, keys, values = layer._split(layer.project(x), 0)
     for branch in BRANCHES:
         mine = x @ roles[f"values.{branch}"].T
         assert torch.allclose(mine.unflatten(-1, (2, 6)).transpose(1, 2), values[branch])
