@@ -19,7 +19,7 @@ from nsa.problem import DType, Mode, Operation, SelectionProblem
 from tuner import report
 from tuner.console import DEFAULT_REGISTRY, choose_device, emit, read_registry, results_console
 from tuner.record import RunFolder, run_folders, write_whole
-from tuner.regret import mean_regret, regrets
+from tuner.regret import mean_regrets, regrets
 from tuner.sweep import SweepError
 from tuner.table import entries_of
 from tuner.table_page import page
@@ -67,18 +67,17 @@ def regret(run: Path, path: Path | None, *, hold_out: bool, json: bool) -> None:
     table = read_dispatch_table(path) if path else load_dispatch_table()
     found = regrets(table, folder.records()[0], hold_out=hold_out)
     if json:
-        emit({"run": str(run), "mean_regret": mean_regret(found), "problems": msgspec.to_builtins(found)})
+        emit({"run": str(run), "means": mean_regrets(found), "problems": msgspec.to_builtins(found)})
         return
     out = results_console()
     out.print(report.regret_tables(found))
-    mean = mean_regret(found)
+    means = [
+        f"{mean:.2%} in the mean and {worst:.2%} at most over {count} {status}"
+        for status, (mean, worst, count) in mean_regrets(found).items()
+    ]
     unknown = sum(one.regret is None for one in found)
-    text = (
-        "no problem has one"
-        if mean is None
-        else f"{mean:.2%} in the mean, {max(o.regret or 0 for o in found):.2%} at most"
-    )
-    out.print(f"regret: {text}" + (f"; {unknown} of {len(found)} unknown" if unknown else ""))
+    means += [f"unknown for {unknown}"] if unknown else []
+    out.print(f"regret: {'; '.join(means)}")
 
 
 def doctor(*, json: bool) -> None:

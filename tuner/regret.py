@@ -86,12 +86,16 @@ def regret_of(problem: SelectionProblem, records: Sequence[Record], answer: str,
 
 
 def without(table: DispatchTable, problem: SelectionProblem) -> DispatchTable:
-    """The table without its entry for a problem."""
-    entries = tuple(entry for entry in table.entries if entry.problem() != problem)
+    """The table without its entries for a problem, whether its selections say that they are complete or not."""
+    alike = [msgspec.structs.replace(problem, complete=complete) for complete in (False, True)]
+    entries = tuple(entry for entry in table.entries if entry.problem() not in alike)
     return DispatchTable(device=table.device, software=table.software, entries=entries)
 
 
-def mean_regret(found: Sequence[Regret]) -> float | None:
-    """Mean over the problems that have one."""
-    known = [one.regret for one in found if one.regret is not None]
-    return statistics.fmean(known) if known else None
+def mean_regrets(found: Sequence[Regret]) -> dict[Status, tuple[float, float, int]]:
+    """Status of the answer -> mean and largest regret over the problems that have one, and their number."""
+    known: dict[Status, list[float]] = {}
+    for one in found:
+        if one.regret is not None:
+            known.setdefault(one.status, []).append(one.regret)
+    return {status: (statistics.fmean(values), max(values), len(values)) for status, values in known.items()}

@@ -38,7 +38,16 @@ KERNELS = {
 
 
 def backend_reason(backend: str, problem: SelectionProblem, device: torch.device) -> str | None:
-    """Why ``backend`` cannot run the problem on the device; None if it can."""
+    """Why ``backend`` cannot run the problem on the device here; None if it can."""
+    if reason := problem_reason(backend, problem, device):
+        return reason
+    if backend == "flash_attn" and not installed("flash_attn"):
+        return "varlen backend flash_attn needs the package flash-attn"
+    return None
+
+
+def problem_reason(backend: str, problem: SelectionProblem, device: torch.device) -> str | None:
+    """Why ``backend`` can run the problem nowhere on such a device; None if it can where its package is."""
     if backend == "segment":
         return None
     if device.type != "cuda":
@@ -49,17 +58,17 @@ def backend_reason(backend: str, problem: SelectionProblem, device: torch.device
         return f"varlen backend {backend} needs Dk == Dv, got {problem.Dk} and {problem.Dv}"
     if problem.Dk % 8 or problem.Dk > 256:
         return f"varlen backend {backend} needs a head dim that is a multiple of 8 and at most 256, got {problem.Dk}"
-    if backend == "flash_attn" and not installed("flash_attn"):
-        return "varlen backend flash_attn needs the package flash-attn"
     return None
 
 
 def tunables(problem: SelectionProblem, device: torch.device) -> tuple[Parameter, ...]:
-    """``backend``; ``row_chunk``: rows packed at once, 0 = all; ``reserve_rows`` (N) and ``reserve_keys`` (K)."""
-    backends = tuple(name for name in KERNELS if backend_reason(name, problem, device) is None)
-    copies = 2 + (problem.h if backends[0] == "segment" else 0)
+    """``backend``, by default the first that is installed; ``row_chunk``: rows packed at once, 0 = all;
+    ``reserve_rows`` (N) and ``reserve_keys`` (K)."""
+    backends = tuple(name for name in KERNELS if problem_reason(name, problem, device) is None)
+    default = next(name for name in backends if backend_reason(name, problem, device) is None)
+    copies = 2 + (problem.h if default == "segment" else 0)
     return (
-        Parameter("backend", backends, backends[0]),
+        Parameter("backend", backends, default),
         chunk_parameter("row_chunk", problem, device, gathered_bytes(problem) * copies // 2, problem.rows),
         reserve_parameter("reserve_rows", problem.rows),
         reserve_parameter("reserve_keys", problem.rows * problem.row_width),

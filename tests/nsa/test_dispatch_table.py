@@ -5,6 +5,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import torch
 
 from nsa import dispatch_table
 from nsa.device import device_identity, software_identity
@@ -18,7 +19,7 @@ from nsa.dispatch_table import (
     user_table_path,
 )
 from nsa.errors import DispatchTableError
-from nsa.paths import PATHS, Candidate
+from nsa.paths import PATHS, Candidate, varlen
 
 BRANCH = {"block_size": 0, "topk": 1, "form": "ranges", "window": 16}
 COMMITTED = sorted((Path(__file__).parents[2] / "results" / "dispatch_tables").glob("*.json"))
@@ -157,6 +158,17 @@ def test_one_table_holds_the_operations_apart():
     assert (selection.path, window.path, window.status) == ("packed", "sdpa_window", "exact")
     other = msgspec.structs.replace(found.entries[1].problem(), window=8)
     assert found.lookup(other).status == "default"
+
+
+def test_what_was_measured_with_flash_attn_is_read_where_it_is_not_installed(monkeypatch):
+    monkeypatch.setattr(varlen, "installed", lambda name: False)
+    picked = {"path": "varlen", "parameters": {"backend": "flash_attn", "row_chunk": 0}, "dtype": "bfloat16"}
+    found = DispatchTable.decode(table(entry(**picked, tied=[], runner_up=None)))
+    problem = found.entries[0].problem()
+    assert found.lookup(problem).parameters["backend"] == "flash_attn"
+    reason = PATHS["varlen"].unsupported_reason(problem, torch.device("cuda"), {"backend": "flash_attn"})
+    assert reason == "varlen backend flash_attn needs the package flash-attn"
+    assert PATHS["varlen"].defaults(problem, torch.device("cuda"))["backend"] == "torch"
 
 
 def test_a_missing_field_is_named():

@@ -12,7 +12,7 @@ from nsa.dispatch_table import DispatchTable
 from tests.tuner.test_table import problem, record
 from tuner.cli import app
 from tuner.record import Environment, Record, RunFolder
-from tuner.regret import mean_regret, regrets
+from tuner.regret import mean_regrets, regrets
 from tuner.table import entries_of
 
 US = {"gather": 100.0, "dense": 50.0, "packed": 150.0}
@@ -54,7 +54,7 @@ def test_an_answer_without_times_has_no_regret_and_says_why() -> None:
     (found,) = regrets(table_of(measured(32)), measured(32, {"gather": 100.0, "packed": 50.0}))
     assert found.regret is None
     assert found.reason == "the run has no times of this answer"
-    assert mean_regret([found]) is None
+    assert mean_regrets([found]) == {}
 
 
 def test_held_out_a_problem_is_answered_by_its_neighbours() -> None:
@@ -64,8 +64,21 @@ def test_held_out_a_problem_is_answered_by_its_neighbours() -> None:
     assert [one.status for one in found] == ["extrapolated", "interpolated", "extrapolated"]
     assert found[1].answer.startswith("packed")
     assert found[1].regret == pytest.approx(2.0, abs=0.02)
-    mean = mean_regret(found)
-    assert mean == pytest.approx((0.0 + 2.0 + 3.0) / 3, abs=0.05)
+    means = mean_regrets(found)
+    assert means["interpolated"] == (found[1].regret, found[1].regret, 1)
+    assert means["extrapolated"] == pytest.approx((1.5, 3.0, 2), abs=0.05)
+
+
+def test_held_out_what_was_measured_for_the_same_calls_without_the_hint_is_held_out_too() -> None:
+    prefill = {"mode": "prefill", "complete": True}
+    us = {"dense": 100.0, "gather": 60.0, "causal_prefix": 40.0}
+    records = [
+        record(path, time, baseline=path == "dense", problem=msgspec.to_builtins(problem(T, S=T, **prefill)))
+        for T in (32, 64, 128)
+        for path, time in us.items()
+    ]
+    found = regrets(table_of(records), records, hold_out=True)
+    assert [one.status for one in found] == ["extrapolated", "interpolated", "extrapolated"]
 
 
 def test_the_command_prints_each_problem_and_the_mean(tmp_path: Path) -> None:
@@ -83,7 +96,7 @@ def test_the_command_prints_each_problem_and_the_mean(tmp_path: Path) -> None:
     assert "dense(query_chunk=0)" in shown.stdout
     assert "in the mean" in shown.stdout
     raw = CliRunner().invoke(app, ["regret", str(folder.path), "--table", str(table), "--json"])
-    assert msgspec.json.decode(raw.stdout)["mean_regret"] == pytest.approx(0.2, abs=0.01)
+    assert msgspec.json.decode(raw.stdout)["means"]["exact"] == pytest.approx([0.2, 0.2, 1], abs=0.01)
 
 
 def test_a_folder_that_holds_no_run_is_a_usage_error(tmp_path: Path) -> None:
