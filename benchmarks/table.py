@@ -102,7 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             judge = sweep.name.endswith(JUDGES)
             code = tune(
                 *("sweep", name, "--out", str(out), "--commit", options.commit, "--device", options.device),
-                *("--budget", f"{min(sweep.budget_s, time_left):.0f}", *([] if judge else ["--export"])),
+                *("--budget", f"{min(sweep.budget_s, time_left):.0f}", "--no-figures"),
+                *([] if judge else ["--export"]),
                 log=out / f"{sweep.name}.log", limit_s=time_left,
             )  # fmt: skip
             run = complete_run(records, sweep.name, options.commit)

@@ -54,6 +54,7 @@ def sweep(
     ] = None,
     out: OutOption = Path("results"),
     export: Annotated[bool, typer.Option(help="Write OUT/dispatch_tables/ too, to be committed.")] = False,
+    figures: Annotated[bool, typer.Option(help="Draw the run at its end; 'nsa-tune plot' does it later.")] = True,
     storage: Annotated[
         str | None, typer.Option(help="Optuna storage URL instead of a journal beside the records.")
     ] = None,
@@ -69,7 +70,8 @@ def sweep(
     with clear_errors():
         options = sweep_command.SweepOptions(
             name=name, budget=budget, effort=effort, overrides=tuple(override or ()), out=out, export=export,
-            storage=storage, device=device, commit=commit or current_commit(), registry=registry, json=json,
+            figures=figures, storage=storage, device=device, commit=commit or current_commit(), registry=registry,
+            json=json,
         )  # fmt: skip
         (sweep_command.plan if dry_run else sweep_command.sweep)(options)
 

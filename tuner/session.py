@@ -81,10 +81,10 @@ class Seat:
 
 
 def provers_on(device: str) -> int:
-    """Workers that prove side by side: on a GPU half of the cores, since most of a proof is compiling; on a CPU one."""
+    """Workers that prove side by side: on a GPU all cores but one, since most of a proof is compiling; on a CPU one."""
     if torch.device(device).type != "cuda":
         return 1
-    return max(1, min(8, len(os.sched_getaffinity(0)) // 2))
+    return max(1, min(8, len(os.sched_getaffinity(0)) - 1))
 
 
 class Session:

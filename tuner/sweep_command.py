@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from nsa.device import device_identity
-from nsa.dispatch_table import DispatchTable, read_dispatch_table, user_table_path
+from nsa.dispatch_table import DispatchEntry, DispatchTable, read_dispatch_table, user_table_path
 from nsa.errors import DispatchTableError
 from nsa.paths import SelectionPath
 from tuner import report
@@ -33,6 +33,7 @@ class SweepOptions(msgspec.Struct, frozen=True, kw_only=True):
     overrides: tuple[str, ...]
     out: Path
     export: bool
+    figures: bool
     storage: str | None
     device: str
     commit: str
@@ -52,13 +53,11 @@ def sweep(options: SweepOptions) -> None:
             listener=listener,
         )  # fmt: skip
         folder = search.run()
-    from tuner.plot import draw_run  # matplotlib takes a second to import
-
     kind = torch.device(device).type
     tables = write_tables(options, folder, kind, errors)
     records, _ = folder.records()
     entries = [entry for entry in tables[0][1].entries if entry.run_id == folder.path.name] if tables else []
-    figures = draw_run(folder, entries, folder.path / "figures")
+    figures = drawn(folder, entries) if options.figures else []
     if options.json:
         emit(
             {
@@ -76,10 +75,19 @@ def sweep(options: SweepOptions) -> None:
             out.print()
             out.print("What the runtime will now take, by how much, how sure:")
             out.print(report.evidence_tables(entries, kind, out.width))
-    errors.print(f"records  {folder.path}\nfigures  {folder.path / 'figures'}")
+    errors.print(f"records  {folder.path}")
+    if figures:
+        errors.print(f"figures  {folder.path / 'figures'}")
     for path, table in tables:
         errors.print(f"table    {path} ({report.table_summary(table)})")
     errors.print("next     nsa-tune show    nsa-tune doctor    nsa-tune plot    (in Python: nsa.selection_attention)")
+
+
+def drawn(folder: RunFolder, entries: list[DispatchEntry]) -> list[Path]:
+    """A run's figures, beside its records."""
+    from tuner.plot import draw_run  # matplotlib takes a second to import
+
+    return draw_run(folder, entries, folder.path / "figures")
 
 
 def write_tables(
