@@ -33,6 +33,14 @@ from .layout import (
 )
 
 
+HELD = False
+FORCE: bool | None = None
+UNROLL = tl.constexpr(1)
+LEAST = tl.constexpr(2.0**-60)
+MOST = tl.constexpr(2.0**60)
+"""Totals in between need no maximum: weights that float32 cannot hold are too small to count."""
+
+
 @triton.jit(do_not_specialize=["LENGTH", "S", "T"])
 def nsa_union_entries(
     X, LENGTH, POSITION, ENTRIES, S, T, G, spb, sps, sxb, sxs, sxg, sxn,
@@ -77,7 +85,52 @@ def nsa_union_entries(
 
 
 @triton.jit
-def attend_entries(
+def load_scores(
+    q0, q1, K0, K1, b, g, first, left, limit, skb, skg, skt,
+    DK: tl.constexpr, DK0: tl.constexpr, DK1: tl.constexpr, STEP: tl.constexpr, DESCRIPTOR: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Raw scores (M, STEP) of keys ``first`` on; with MASKED those at a row's limit or above are -inf."""
+    k0 = load_rows(K0, b, g, first, left, skb, skg, skt, 0, DK, DK0, STEP, DESCRIPTOR, False)
+    score = tl.dot(q0, tl.trans(k0), input_precision="ieee")
+    if DK1 > 0:
+        k1 = load_rows(K1, b, g, first, left, skb, skg, skt, DK0, DK, DK1, STEP, DESCRIPTOR, False)
+        score = tl.dot(q1, tl.trans(k1), score, input_precision="ieee")
+    if MASKED:
+        score = tl.where(tl.arange(0, STEP)[None, :] < (limit - first)[:, None], score, -float("inf"))
+    return score
+
+
+@triton.jit
+def attend_direct(
+    out, total, q0, q1, ENTRIES, low, high, member, limit, K0, K1, V, b, g, length, scale2,
+    skb, skg, skt, svb, svg, svt,
+    M: tl.constexpr, TOKENS: tl.constexpr, DK: tl.constexpr, DK0: tl.constexpr, DK1: tl.constexpr, DV: tl.constexpr,
+    DVP: tl.constexpr, BS: tl.constexpr, STEP: tl.constexpr, DESCRIPTOR: tl.constexpr, TENSOR_LENGTH: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Softmax numerators without a maximum, over entries ``low`` to ``high``; row i belongs to token ``member[i]``.
+
+    ``total`` (M, 8): eight sums a row, which stay inside a thread. Nothing in the loop waits for a maximum, and the
+    product with the values only ever adds to ``out``, so that it runs beside the next scores.
+    """
+    parts: tl.constexpr = BS // STEP
+    for i in tl.range(low * parts, high * parts, loop_unroll_factor=UNROLL):
+        entry = tl.load(ENTRIES + i // parts)
+        first = (entry >> TOKENS) * BS + (i % parts) * STEP
+        bias = tl.where(((entry >> member) & 1) == 1, 0.0, -float("inf"))
+        score = load_scores(
+            q0, q1, K0, K1, b, g, first, length - first, limit, skb, skg, skt, DK, DK0, DK1, STEP, DESCRIPTOR, MASKED
+        )
+        weight = tl.math.exp2(score * scale2 + bias[:, None])
+        total += tl.sum(weight.reshape(M, STEP // 8, 8), 1)
+        v = load_rows(V, b, g, first, length - first, svb, svg, svt, 0, DV, DVP, STEP, DESCRIPTOR, TENSOR_LENGTH)
+        out = tl.dot(weight.to(v.dtype), v, out, input_precision="ieee")
+    return out, total
+
+
+@triton.jit
+def attend_online(
     out, top, total, q0, q1, ENTRIES, low, high, member, limit, K0, K1, V, b, g, length, scale2,
     skb, skg, skt, svb, svg, svt,
     TOKENS: tl.constexpr, DK: tl.constexpr, DK0: tl.constexpr, DK1: tl.constexpr, DV: tl.constexpr,
@@ -86,22 +139,16 @@ def attend_entries(
 ):  # fmt: skip
     """Online softmax as ``layout.attend``, over entries ``low`` to ``high``; row i belongs to token ``member[i]``.
 
-    Without MASKED every row sees the whole of each block: those that chose it or not differ by their maximum alone,
-    and no score is compared with a limit.
+    Rows that chose a block or not differ by their maximum alone.
     """
-    keys = tl.arange(0, STEP)
     parts: tl.constexpr = BS // STEP
     for i in range(low * parts, high * parts):
         entry = tl.load(ENTRIES + i // parts)
         first = (entry >> TOKENS) * BS + (i % parts) * STEP
         chosen = ((entry >> member) & 1) == 1
-        k0 = load_rows(K0, b, g, first, length - first, skb, skg, skt, 0, DK, DK0, STEP, DESCRIPTOR, False)
-        score = tl.dot(q0, tl.trans(k0), input_precision="ieee")
-        if DK1 > 0:
-            k1 = load_rows(K1, b, g, first, length - first, skb, skg, skt, DK0, DK, DK1, STEP, DESCRIPTOR, False)
-            score = tl.dot(q1, tl.trans(k1), score, input_precision="ieee")
-        if MASKED:
-            score = tl.where(keys[None, :] < (limit - first)[:, None], score, -float("inf"))
+        score = load_scores(
+            q0, q1, K0, K1, b, g, first, length - first, limit, skb, skg, skt, DK, DK0, DK1, STEP, DESCRIPTOR, MASKED
+        )
         new_top = tl.where(chosen, tl.maximum(top, tl.max(score, 1)), top)
         weight = tl.math.exp2(score * scale2 - tl.where(chosen, new_top * scale2, float("inf"))[:, None])
         decay = tl.math.exp2((top - new_top) * scale2)
@@ -153,6 +200,8 @@ def nsa_union_forward(
     DESCRIPTOR: tl.constexpr,
     STEP: tl.constexpr,
     TOKENS: tl.constexpr,
+    DIRECT: tl.constexpr,
+    HELD: tl.constexpr,
 ):
     """Grid (B * G * tiles,), tiles of TOKENS tokens, of one group beside each other, last (longest) tiles first."""
     M: tl.constexpr = TOKENS * HP
@@ -177,22 +226,51 @@ def nsa_union_forward(
     there = (tile * TOKENS + member < S) & (head < H)
     base = Q + b.to(tl.int64) * sqb + g.to(tl.int64) * sqg + (tile * TOKENS).to(tl.int64) * sqs
     q0 = load_query(base, rows, member * sqs + head * sqh, there, 0, DK, DK0)
+    if HELD:
+        q0 = tl.where(there[:, None], q0, 0.0)
     q1 = q0
     if DK1 > 0:
         q1 = load_query(base, rows, member * sqs + head * sqh, there, DK0, DK, DK1)
-    top = tl.full([M], LOWEST, tl.float32)
+        if HELD:
+            q1 = tl.where(there[:, None], q1, 0.0)
+    top = tl.zeros([M], tl.float32)
     total = tl.zeros([M], tl.float32)
     out = tl.zeros([M, DVP], tl.float32)
-    out, top, total = attend_entries(
-        out, top, total, q0, q1, entries, 0, whole, member, limit, K0, K1, V, b, g, length, scale2,
-        skb, skg, skt, svb, svg, svt,
-        TOKENS, DK, DK0, DK1, DV, DVP, BS, STEP, DESCRIPTOR, TENSOR_LENGTH, False,
-    )  # fmt: skip
-    out, top, total = attend_entries(
-        out, top, total, q0, q1, entries, whole, size, member, limit, K0, K1, V, b, g, length, scale2,
-        skb, skg, skt, svb, svg, svt,
-        TOKENS, DK, DK0, DK1, DV, DVP, BS, STEP, DESCRIPTOR, TENSOR_LENGTH, True,
-    )  # fmt: skip
+    if DIRECT:
+        sums = tl.zeros([M, 8], tl.float32)
+        out, sums = attend_direct(
+            out, sums, q0, q1, entries, 0, whole, member, limit, K0, K1, V, b, g, length, scale2,
+            skb, skg, skt, svb, svg, svt,
+            M, TOKENS, DK, DK0, DK1, DV, DVP, BS, STEP, DESCRIPTOR, TENSOR_LENGTH, False,
+        )  # fmt: skip
+        out, sums = attend_direct(
+            out, sums, q0, q1, entries, whole, size, member, limit, K0, K1, V, b, g, length, scale2,
+            skb, skg, skt, svb, svg, svt,
+            M, TOKENS, DK, DK0, DK1, DV, DVP, BS, STEP, DESCRIPTOR, TENSOR_LENGTH, True,
+        )  # fmt: skip
+        total = tl.sum(sums, 1)
+        fine = (total >= LEAST) & (total <= MOST) & (tl.sum(out * 0.0, 1) == 0.0)
+        if tl.min((fine | (tile * TOKENS + member >= S)).to(tl.int32), 0) == 0:
+            top = tl.full([M], LOWEST, tl.float32)
+            total = tl.zeros([M], tl.float32)
+            out = tl.zeros([M, DVP], tl.float32)
+            out, top, total = attend_online(
+                out, top, total, q0, q1, entries, 0, size, member, limit, K0, K1, V, b, g, length, scale2,
+                skb, skg, skt, svb, svg, svt,
+                TOKENS, DK, DK0, DK1, DV, DVP, BS, STEP, DESCRIPTOR, TENSOR_LENGTH, True,
+            )  # fmt: skip
+    else:
+        top = tl.full([M], LOWEST, tl.float32)
+        out, top, total = attend_online(
+            out, top, total, q0, q1, entries, 0, whole, member, limit, K0, K1, V, b, g, length, scale2,
+            skb, skg, skt, svb, svg, svt,
+            TOKENS, DK, DK0, DK1, DV, DVP, BS, STEP, DESCRIPTOR, TENSOR_LENGTH, False,
+        )  # fmt: skip
+        out, top, total = attend_online(
+            out, top, total, q0, q1, entries, whole, size, member, limit, K0, K1, V, b, g, length, scale2,
+            skb, skg, skt, svb, svg, svt,
+            TOKENS, DK, DK0, DK1, DV, DVP, BS, STEP, DESCRIPTOR, TENSOR_LENGTH, True,
+        )  # fmt: skip
     out, logsum = finish(out, top, total, scale2)
     row = ((b.to(tl.int64) * S + tile * TOKENS) * G + g) * H
     offset = member * (G * H) + head
@@ -228,6 +306,8 @@ def forward(
         unit_last(query, "query")
         constants = shape_constants(query, value, selection)
         constants |= {"DESCRIPTOR": loads == "descriptor", "STEP": keys, "TOKENS": int(tokens)}
+        constants["DIRECT"] = value.dtype == torch.bfloat16 if FORCE is None else FORCE
+        constants["HELD"] = HELD
         options = {"num_warps": int(warps), "num_stages": int(stages)}
         known["forward"] = Plan(nsa_union_forward, constants, options)
         wanted = {field: constants[field] for field in ("N", "NP", "BS", "TENSOR_LENGTH", "TOKENS")}
