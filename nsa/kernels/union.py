@@ -85,6 +85,19 @@ def nsa_union_entries(
 
 
 @triton.jit
+def next_block(ENTRIES, place, member, TOKENS: tl.constexpr, DENSE: tl.constexpr):
+    """(block, whether each row's token chose it) of entry ``place``; with DENSE every token chose every block."""
+    if DENSE:
+        block = place
+        chosen = member >= 0
+    else:
+        entry = tl.load(ENTRIES + place)
+        block = entry >> TOKENS
+        chosen = ((entry >> member) & 1) == 1
+    return block, chosen
+
+
+@triton.jit
 def load_scores(
     q0, q1, K0, K1, b, g, first, left, limit, skb, skg, skt,
     DK: tl.constexpr, DK0: tl.constexpr, DK1: tl.constexpr, STEP: tl.constexpr, DESCRIPTOR: tl.constexpr,
@@ -107,7 +120,7 @@ def attend_direct(
     skb, skg, skt, svb, svg, svt,
     M: tl.constexpr, TOKENS: tl.constexpr, DK: tl.constexpr, DK0: tl.constexpr, DK1: tl.constexpr, DV: tl.constexpr,
     DVP: tl.constexpr, BS: tl.constexpr, STEP: tl.constexpr, DESCRIPTOR: tl.constexpr, TENSOR_LENGTH: tl.constexpr,
-    MASKED: tl.constexpr,
+    DENSE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Softmax numerators without a maximum, over entries ``low`` to ``high``; row i belongs to token ``member[i]``.
 
@@ -116,9 +129,9 @@ def attend_direct(
     """
     parts: tl.constexpr = BS // STEP
     for i in tl.range(low * parts, high * parts, loop_unroll_factor=UNROLL):
-        entry = tl.load(ENTRIES + i // parts)
-        first = (entry >> TOKENS) * BS + (i % parts) * STEP
-        bias = tl.where(((entry >> member) & 1) == 1, 0.0, -float("inf"))
+        block, chosen = next_block(ENTRIES, i // parts, member, TOKENS, DENSE)
+        first = block * BS + (i % parts) * STEP
+        bias = tl.where(chosen, 0.0, -float("inf"))
         score = load_scores(
             q0, q1, K0, K1, b, g, first, length - first, limit, skb, skg, skt, DK, DK0, DK1, STEP, DESCRIPTOR, MASKED
         )
@@ -135,7 +148,7 @@ def attend_online(
     skb, skg, skt, svb, svg, svt,
     TOKENS: tl.constexpr, DK: tl.constexpr, DK0: tl.constexpr, DK1: tl.constexpr, DV: tl.constexpr,
     DVP: tl.constexpr, BS: tl.constexpr, STEP: tl.constexpr, DESCRIPTOR: tl.constexpr, TENSOR_LENGTH: tl.constexpr,
-    MASKED: tl.constexpr,
+    DENSE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Online softmax as ``layout.attend``, over entries ``low`` to ``high``; row i belongs to token ``member[i]``.
 
@@ -143,9 +156,8 @@ def attend_online(
     """
     parts: tl.constexpr = BS // STEP
     for i in range(low * parts, high * parts):
-        entry = tl.load(ENTRIES + i // parts)
-        first = (entry >> TOKENS) * BS + (i % parts) * STEP
-        chosen = ((entry >> member) & 1) == 1
+        block, chosen = next_block(ENTRIES, i // parts, member, TOKENS, DENSE)
+        first = block * BS + (i % parts) * STEP
         score = load_scores(
             q0, q1, K0, K1, b, g, first, length - first, limit, skb, skg, skt, DK, DK0, DK1, STEP, DESCRIPTOR, MASKED
         )
@@ -202,6 +214,7 @@ def nsa_union_forward(
     TOKENS: tl.constexpr,
     DIRECT: tl.constexpr,
     HELD: tl.constexpr,
+    DENSE: tl.constexpr,
 ):
     """Grid (B * G * tiles,), tiles of TOKENS tokens, of one group beside each other, last (longest) tiles first."""
     M: tl.constexpr = TOKENS * HP
@@ -218,11 +231,16 @@ def nsa_union_forward(
     full = context_length(LENGTH, b, TENSOR_LENGTH)
     s = tl.minimum(tile * TOKENS + member, S - 1)
     limit = row_limit(POSITION, b, s, length, full, S, spb, sps)
-    place = ((b * G + g) * tiles + tile).to(tl.int64)
-    entries = ENTRIES + place * (TOKENS * NP)
-    sizes = ENTRIES + tl.num_programs(0).to(tl.int64) * (TOKENS * NP) + place
-    size = tl.load(sizes)
-    whole = tl.load(sizes + tl.num_programs(0))
+    if DENSE:
+        entries = ENTRIES
+        size = tl.cdiv(tl.minimum((tile + 1) * TOKENS, S), BS)
+        whole = (tile * TOKENS + 1) // BS
+    else:
+        place = ((b * G + g) * tiles + tile).to(tl.int64)
+        entries = ENTRIES + place * (TOKENS * NP)
+        sizes = ENTRIES + tl.num_programs(0).to(tl.int64) * (TOKENS * NP) + place
+        size = tl.load(sizes)
+        whole = tl.load(sizes + tl.num_programs(0))
     there = (tile * TOKENS + member < S) & (head < H)
     base = Q + b.to(tl.int64) * sqb + g.to(tl.int64) * sqg + (tile * TOKENS).to(tl.int64) * sqs
     q0 = load_query(base, rows, member * sqs + head * sqh, there, 0, DK, DK0)
@@ -241,12 +259,12 @@ def nsa_union_forward(
         out, sums = attend_direct(
             out, sums, q0, q1, entries, 0, whole, member, limit, K0, K1, V, b, g, length, scale2,
             skb, skg, skt, svb, svg, svt,
-            M, TOKENS, DK, DK0, DK1, DV, DVP, BS, STEP, DESCRIPTOR, TENSOR_LENGTH, False,
+            M, TOKENS, DK, DK0, DK1, DV, DVP, BS, STEP, DESCRIPTOR, TENSOR_LENGTH, DENSE, False,
         )  # fmt: skip
         out, sums = attend_direct(
             out, sums, q0, q1, entries, whole, size, member, limit, K0, K1, V, b, g, length, scale2,
             skb, skg, skt, svb, svg, svt,
-            M, TOKENS, DK, DK0, DK1, DV, DVP, BS, STEP, DESCRIPTOR, TENSOR_LENGTH, True,
+            M, TOKENS, DK, DK0, DK1, DV, DVP, BS, STEP, DESCRIPTOR, TENSOR_LENGTH, DENSE, True,
         )  # fmt: skip
         total = tl.sum(sums, 1)
         fine = (total >= LEAST) & (total <= MOST) & (tl.sum(out * 0.0, 1) == 0.0)
@@ -257,19 +275,19 @@ def nsa_union_forward(
             out, top, total = attend_online(
                 out, top, total, q0, q1, entries, 0, size, member, limit, K0, K1, V, b, g, length, scale2,
                 skb, skg, skt, svb, svg, svt,
-                TOKENS, DK, DK0, DK1, DV, DVP, BS, STEP, DESCRIPTOR, TENSOR_LENGTH, True,
+                TOKENS, DK, DK0, DK1, DV, DVP, BS, STEP, DESCRIPTOR, TENSOR_LENGTH, DENSE, True,
             )  # fmt: skip
     else:
         top = tl.full([M], LOWEST, tl.float32)
         out, top, total = attend_online(
             out, top, total, q0, q1, entries, 0, whole, member, limit, K0, K1, V, b, g, length, scale2,
             skb, skg, skt, svb, svg, svt,
-            TOKENS, DK, DK0, DK1, DV, DVP, BS, STEP, DESCRIPTOR, TENSOR_LENGTH, False,
+            TOKENS, DK, DK0, DK1, DV, DVP, BS, STEP, DESCRIPTOR, TENSOR_LENGTH, DENSE, False,
         )  # fmt: skip
         out, top, total = attend_online(
             out, top, total, q0, q1, entries, whole, size, member, limit, K0, K1, V, b, g, length, scale2,
             skb, skg, skt, svb, svg, svt,
-            TOKENS, DK, DK0, DK1, DV, DVP, BS, STEP, DESCRIPTOR, TENSOR_LENGTH, True,
+            TOKENS, DK, DK0, DK1, DV, DVP, BS, STEP, DESCRIPTOR, TENSOR_LENGTH, DENSE, True,
         )  # fmt: skip
     out, logsum = finish(out, top, total, scale2)
     row = ((b.to(tl.int64) * S + tile * TOKENS) * G + g) * H
@@ -300,7 +318,8 @@ def forward(
     batch, queries, groups, heads, _ = query.shape
     out = torch.empty((batch, queries, groups, heads, value.shape[3]), dtype=value.dtype, device=value.device)
     keys = min(int(step), selection.block_size)
-    name = call_key(query, key, value, selection, "union", logsum is None, tokens, keys, warps, stages, loads)
+    dense = takes_everything(selection, queries, key.shape[2])
+    name = call_key(query, key, value, selection, "union", logsum is None, tokens, keys, warps, stages, loads, dense)
     known = plans(name)
     if not known:
         unit_last(query, "query")
@@ -308,6 +327,7 @@ def forward(
         constants |= {"DESCRIPTOR": loads == "descriptor", "STEP": keys, "TOKENS": int(tokens)}
         constants["DIRECT"] = value.dtype == torch.bfloat16 if FORCE is None else FORCE
         constants["HELD"] = HELD
+        constants["DENSE"] = dense
         options = {"num_warps": int(warps), "num_stages": int(stages)}
         known["forward"] = Plan(nsa_union_forward, constants, options)
         wanted = {field: constants[field] for field in ("N", "NP", "BS", "TENSOR_LENGTH", "TOKENS")}
@@ -315,13 +335,15 @@ def forward(
     constants = known["forward"].constants
     sources = key_sources(key, value, selection, constants, str(loads), keys)
     length, positions, *position_strides = selection_arguments(selection)
-    blocks = selection.blocks
     tiles = batch * groups * triton.cdiv(queries, int(tokens))
-    entries = torch.empty(tiles * (int(tokens) * constants["NP"] + 2), dtype=torch.int32, device=value.device)
-    known["entries"](
-        tiles,
-        blocks, length, positions, entries, queries, key.shape[2], groups, *position_strides, *blocks.stride(),
-    )  # fmt: skip
+    entries = None
+    if not dense:
+        blocks = selection.blocks
+        entries = torch.empty(tiles * (int(tokens) * constants["NP"] + 2), dtype=torch.int32, device=value.device)
+        known["entries"](
+            tiles,
+            blocks, length, positions, entries, queries, key.shape[2], groups, *position_strides, *blocks.stride(),
+        )  # fmt: skip
     known["forward"](
         tiles,
         query, *sources, entries, length, positions, out, logsum,
@@ -329,3 +351,11 @@ def forward(
         *query.stride()[:4], *key.stride()[:3], *value.stride()[:3],
     )  # fmt: skip
     return out
+
+
+def takes_everything(selection: Selection, queries: int, keys: int) -> bool:
+    """Whether every row is known to select its whole context: complete, a whole prompt, no more blocks than slots."""
+    length = selection.context_length
+    if not selection.complete or selection.query_positions is not None or isinstance(length, Tensor):
+        return False
+    return length == queries == keys <= selection.indices.shape[3] * selection.block_size
