@@ -15,6 +15,7 @@ from torch import Tensor
 from ..selection import Selection
 from ..trace import ParameterValue
 from .launch import Plan, call_key, plans
+from .order import CHUNK_TOKENS, nsa_union_order, tile_tokens
 from .layout import (
     LOG2E,
     LOWEST,
@@ -43,7 +44,7 @@ MOST = tl.constexpr(2.0**60)
 
 @triton.jit(do_not_specialize=["LENGTH", "S", "T"])
 def nsa_union_entries(
-    X, LENGTH, POSITION, ENTRIES, S, T, G, spb, sps, sxb, sxs, sxg, sxn,
+    X, LENGTH, POSITION, ORDER, ENTRIES, S, T, G, spb, sps, sxb, sxs, sxg, sxn,
     N: tl.constexpr, NP: tl.constexpr, BS: tl.constexpr, TENSOR_LENGTH: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * G * tiles,): a tile's union, ascending, ``block << TOKENS | bits``, NONE where it has ended; behind all
@@ -59,15 +60,17 @@ def nsa_union_entries(
     length = key_count(LENGTH, b, T, TENSOR_LENGTH)
     full = context_length(LENGTH, b, TENSOR_LENGTH)
     base = X + b.to(tl.int64) * sxb + g.to(tl.int64) * sxg
-    token = places // NP
-    s = tl.minimum(tile * TOKENS + token, S - 1)
-    limit = row_limit(POSITION, b, s, length, full, S, spb, sps)
-    entry = row_entries(base + s.to(tl.int64) * sxs + (places % NP) * sxn, places % NP, limit, N, BS)
-    entry = tl.where(tile * TOKENS + token < S, entry, -1)
+    start, local = tile_tokens(ORDER, b * G + g, tile, places // NP, S, TOKENS)
+    token = tl.minimum(start + local, S - 1)
+    limit = row_limit(POSITION, b, token, length, full, S, spb, sps)
+    entry = row_entries(base + token.to(tl.int64) * sxs + (places % NP) * sxn, places % NP, limit, N, BS)
+    entry = tl.where(start + local < S, entry, -1)
+    least = tl.min(limit, 0)
     bits = tl.zeros_like(entry)
     seen = tl.zeros_like(entry)
     for other in tl.static_range(TOKENS):
-        s = tile * TOKENS + other
+        start, local = tile_tokens(ORDER, b * G + g, tile, other, S, TOKENS)
+        s = start + local
         limit = row_limit(POSITION, b, tl.minimum(s, S - 1), length, full, S, spb, sps)
         row = row_entries(base + tl.minimum(s, S - 1).to(tl.int64) * sxs + slots * sxn, slots, limit, N, BS)
         row = tl.where(s < S, row, -1)
@@ -80,8 +83,7 @@ def nsa_union_entries(
     tl.store(ENTRIES + pid.to(tl.int64) * (TOKENS * NP) + places, entry)
     sizes = ENTRIES + tl.num_programs(0).to(tl.int64) * (TOKENS * NP) + pid
     tl.store(sizes, tl.sum((entry != NONE).to(tl.int32), 0))
-    seen = tl.min(row_limit(POSITION, b, tl.minimum(tile * TOKENS + token, S - 1), length, full, S, spb, sps), 0)
-    tl.store(sizes + tl.num_programs(0), tl.sum((entry < ((seen // BS) << TOKENS)).to(tl.int32), 0))
+    tl.store(sizes + tl.num_programs(0), tl.sum((entry < ((least // BS) << TOKENS)).to(tl.int32), 0))
 
 
 @triton.jit
@@ -177,6 +179,7 @@ def nsa_union_forward(
     K0,
     K1,
     V,
+    ORDER,
     ENTRIES,
     LENGTH,
     POSITION,
@@ -229,8 +232,8 @@ def nsa_union_forward(
     columns = tl.arange(0, DVP)
     length = key_count(LENGTH, b, T, TENSOR_LENGTH)
     full = context_length(LENGTH, b, TENSOR_LENGTH)
-    s = tl.minimum(tile * TOKENS + member, S - 1)
-    limit = row_limit(POSITION, b, s, length, full, S, spb, sps)
+    start, local = tile_tokens(ORDER, b * G + g, tile, member, S, TOKENS)
+    limit = row_limit(POSITION, b, tl.minimum(start + local, S - 1), length, full, S, spb, sps)
     if DENSE:
         entries = ENTRIES
         size = tl.cdiv(tl.minimum((tile + 1) * TOKENS, S), BS)
@@ -241,14 +244,14 @@ def nsa_union_forward(
         sizes = ENTRIES + tl.num_programs(0).to(tl.int64) * (TOKENS * NP) + place
         size = tl.load(sizes)
         whole = tl.load(sizes + tl.num_programs(0))
-    there = (tile * TOKENS + member < S) & (head < H)
-    base = Q + b.to(tl.int64) * sqb + g.to(tl.int64) * sqg + (tile * TOKENS).to(tl.int64) * sqs
-    q0 = load_query(base, rows, member * sqs + head * sqh, there, 0, DK, DK0)
+    there = (start + local < S) & (head < H)
+    base = Q + b.to(tl.int64) * sqb + g.to(tl.int64) * sqg + start.to(tl.int64) * sqs
+    q0 = load_query(base, rows, local * sqs + head * sqh, there, 0, DK, DK0)
     if HELD:
         q0 = tl.where(there[:, None], q0, 0.0)
     q1 = q0
     if DK1 > 0:
-        q1 = load_query(base, rows, member * sqs + head * sqh, there, DK0, DK, DK1)
+        q1 = load_query(base, rows, local * sqs + head * sqh, there, DK0, DK, DK1)
         if HELD:
             q1 = tl.where(there[:, None], q1, 0.0)
     top = tl.zeros([M], tl.float32)
@@ -268,7 +271,7 @@ def nsa_union_forward(
         )  # fmt: skip
         total = tl.sum(sums, 1)
         fine = (total >= LEAST) & (total <= MOST) & (tl.sum(out * 0.0, 1) == 0.0)
-        if tl.min((fine | (tile * TOKENS + member >= S)).to(tl.int32), 0) == 0:
+        if tl.min((fine | (start + local >= S)).to(tl.int32), 0) == 0:
             top = tl.full([M], LOWEST, tl.float32)
             total = tl.zeros([M], tl.float32)
             out = tl.zeros([M, DVP], tl.float32)
@@ -290,8 +293,8 @@ def nsa_union_forward(
             TOKENS, DK, DK0, DK1, DV, DVP, BS, STEP, DESCRIPTOR, TENSOR_LENGTH, DENSE, True,
         )  # fmt: skip
     out, logsum = finish(out, top, total, scale2)
-    row = ((b.to(tl.int64) * S + tile * TOKENS) * G + g) * H
-    offset = member * (G * H) + head
+    row = ((b.to(tl.int64) * S + start) * G + g) * H
+    offset = local * (G * H) + head
     keep = there[:, None]
     if DVP > DV:
         keep = keep & (columns < DV)[None, :]
@@ -313,13 +316,14 @@ def forward(
     warps: ParameterValue,
     stages: ParameterValue,
     loads: ParameterValue,
+    order: ParameterValue = "position",
 ) -> Tensor:
     """Output (B, S, G, h, Dv); fills ``logsum`` (B, S, G, h) float32 if given. Shapes as in ``nsa.problem``."""
     batch, queries, groups, heads, _ = query.shape
     out = torch.empty((batch, queries, groups, heads, value.shape[3]), dtype=value.dtype, device=value.device)
     keys = min(int(step), selection.block_size)
     dense = takes_everything(selection, queries, key.shape[2])
-    name = call_key(query, key, value, selection, "union", logsum is None, tokens, keys, warps, stages, loads, dense)
+    name = call_key(query, key, value, selection, "union", logsum is None, tokens, keys, warps, stages, loads, dense, order)
     known = plans(name)
     if not known:
         unit_last(query, "query")
@@ -330,23 +334,28 @@ def forward(
         constants["DENSE"] = dense
         options = {"num_warps": int(warps), "num_stages": int(stages)}
         known["forward"] = Plan(nsa_union_forward, constants, options)
+        known["order"] = Plan(nsa_union_order, {"N": constants["N"], "TOKENS": int(tokens)}, {"num_warps": 1})
         wanted = {field: constants[field] for field in ("N", "NP", "BS", "TENSOR_LENGTH", "TOKENS")}
         known["entries"] = Plan(nsa_union_entries, wanted, {"num_warps": 1})
     constants = known["forward"].constants
     sources = key_sources(key, value, selection, constants, str(loads), keys)
     length, positions, *position_strides = selection_arguments(selection)
     tiles = batch * groups * triton.cdiv(queries, int(tokens))
-    entries = None
+    entries = turned = None
     if not dense:
         blocks = selection.blocks
+        if order == "overlap":
+            chunks = batch * groups * triton.cdiv(queries, CHUNK_TOKENS)
+            turned = torch.empty(chunks * CHUNK_TOKENS, dtype=torch.int32, device=value.device)
+            known["order"](chunks, blocks, turned, queries, groups, *blocks.stride())
         entries = torch.empty(tiles * (int(tokens) * constants["NP"] + 2), dtype=torch.int32, device=value.device)
         known["entries"](
             tiles,
-            blocks, length, positions, entries, queries, key.shape[2], groups, *position_strides, *blocks.stride(),
+            blocks, length, positions, turned, entries, queries, key.shape[2], groups, *position_strides, *blocks.stride(),
         )  # fmt: skip
     known["forward"](
         tiles,
-        query, *sources, entries, length, positions, out, logsum,
+        query, *sources, turned, entries, length, positions, out, logsum,
         queries, key.shape[2], groups, scale * LOG2E, *position_strides,
         *query.stride()[:4], *key.stride()[:3], *value.stride()[:3],
     )  # fmt: skip
