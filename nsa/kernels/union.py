@@ -15,7 +15,7 @@ from torch import Tensor
 from ..selection import Selection
 from ..trace import ParameterValue
 from .launch import Plan, call_key, plans
-from .order import CHUNK_TOKENS, nsa_union_order, tile_tokens
+from .order import CHUNK_TOKENS, nsa_union_order, order_words, tile_tokens
 from .layout import (
     LOG2E,
     LOWEST,
@@ -35,10 +35,11 @@ from .layout import (
 
 
 HELD = False
+REGS = 0
 FORCE: bool | None = None
 UNROLL = tl.constexpr(1)
-LEAST = tl.constexpr(2.0**-60)
-MOST = tl.constexpr(2.0**60)
+LEAST = tl.constexpr(2.0**-100)
+MOST = tl.constexpr(2.0**100)
 """Totals in between need no maximum: weights that float32 cannot hold are too small to count."""
 
 
@@ -84,6 +85,14 @@ def nsa_union_entries(
     sizes = ENTRIES + tl.num_programs(0).to(tl.int64) * (TOKENS * NP) + pid
     tl.store(sizes, tl.sum((entry != NONE).to(tl.int32), 0))
     tl.store(sizes + tl.num_programs(0), tl.sum((entry < ((least // BS) << TOKENS)).to(tl.int32), 0))
+
+
+@triton.jit
+def held(q, WIDTH: tl.constexpr):
+    """The same rows, as the result of a product."""
+    columns = tl.arange(0, WIDTH)
+    one = tl.where(columns[:, None] == columns[None, :], 1.0, 0.0).to(q.dtype)
+    return tl.dot(q, one, input_precision="ieee").to(q.dtype)
 
 
 @triton.jit
@@ -248,12 +257,12 @@ def nsa_union_forward(
     base = Q + b.to(tl.int64) * sqb + g.to(tl.int64) * sqg + start.to(tl.int64) * sqs
     q0 = load_query(base, rows, local * sqs + head * sqh, there, 0, DK, DK0)
     if HELD:
-        q0 = tl.where(there[:, None], q0, 0.0)
+        q0 = held(q0, DK0)
     q1 = q0
     if DK1 > 0:
         q1 = load_query(base, rows, local * sqs + head * sqh, there, DK0, DK, DK1)
         if HELD:
-            q1 = tl.where(there[:, None], q1, 0.0)
+            q1 = held(q1, DK1)
     top = tl.zeros([M], tl.float32)
     total = tl.zeros([M], tl.float32)
     out = tl.zeros([M, DVP], tl.float32)
@@ -323,7 +332,8 @@ def forward(
     out = torch.empty((batch, queries, groups, heads, value.shape[3]), dtype=value.dtype, device=value.device)
     keys = min(int(step), selection.block_size)
     dense = takes_everything(selection, queries, key.shape[2])
-    name = call_key(query, key, value, selection, "union", logsum is None, tokens, keys, warps, stages, loads, dense, order)
+    words = order_words(key.shape[2], selection.block_size) if order == "overlap" and not dense else 0
+    name = call_key(query, key, value, selection, "union", logsum is None, tokens, keys, warps, stages, loads, dense, words)
     known = plans(name)
     if not known:
         unit_last(query, "query")
@@ -332,9 +342,9 @@ def forward(
         constants["DIRECT"] = value.dtype == torch.bfloat16 if FORCE is None else FORCE
         constants["HELD"] = HELD
         constants["DENSE"] = dense
-        options = {"num_warps": int(warps), "num_stages": int(stages)}
+        options = {"num_warps": int(warps), "num_stages": int(stages)} | ({"maxnreg": REGS} if REGS else {})
         known["forward"] = Plan(nsa_union_forward, constants, options)
-        known["order"] = Plan(nsa_union_order, {"N": constants["N"], "TOKENS": int(tokens)}, {"num_warps": 1})
+        known["order"] = Plan(nsa_union_order, {"N": constants["N"], "TOKENS": int(tokens), "WORDS": words}, {"num_warps": 1})
         wanted = {field: constants[field] for field in ("N", "NP", "BS", "TENSOR_LENGTH", "TOKENS")}
         known["entries"] = Plan(nsa_union_entries, wanted, {"num_warps": 1})
     constants = known["forward"].constants
@@ -344,7 +354,7 @@ def forward(
     entries = turned = None
     if not dense:
         blocks = selection.blocks
-        if order == "overlap":
+        if words:
             chunks = batch * groups * triton.cdiv(queries, CHUNK_TOKENS)
             turned = torch.empty(chunks * CHUNK_TOKENS, dtype=torch.int32, device=value.device)
             known["order"](chunks, blocks, turned, queries, groups, *blocks.stride())
