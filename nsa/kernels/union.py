@@ -36,6 +36,7 @@ from .layout import (
 
 HELD = False
 REGS = 0
+SPLIT = True
 FORCE: bool | None = None
 UNROLL = tl.constexpr(1)
 LEAST = tl.constexpr(2.0**-100)
@@ -226,6 +227,7 @@ def nsa_union_forward(
     TOKENS: tl.constexpr,
     DIRECT: tl.constexpr,
     HELD: tl.constexpr,
+    SPLIT: tl.constexpr,
     DENSE: tl.constexpr,
 ):
     """Grid (B * G * tiles,), tiles of TOKENS tokens, of one group beside each other, last (longest) tiles first."""
@@ -268,13 +270,14 @@ def nsa_union_forward(
     out = tl.zeros([M, DVP], tl.float32)
     if DIRECT:
         sums = tl.zeros([M, 8], tl.float32)
+        if SPLIT:
+            out, sums = attend_direct(
+                out, sums, q0, q1, entries, 0, whole, member, limit, K0, K1, V, b, g, length, scale2,
+                skb, skg, skt, svb, svg, svt,
+                M, TOKENS, DK, DK0, DK1, DV, DVP, BS, STEP, DESCRIPTOR, TENSOR_LENGTH, DENSE, False,
+            )  # fmt: skip
         out, sums = attend_direct(
-            out, sums, q0, q1, entries, 0, whole, member, limit, K0, K1, V, b, g, length, scale2,
-            skb, skg, skt, svb, svg, svt,
-            M, TOKENS, DK, DK0, DK1, DV, DVP, BS, STEP, DESCRIPTOR, TENSOR_LENGTH, DENSE, False,
-        )  # fmt: skip
-        out, sums = attend_direct(
-            out, sums, q0, q1, entries, whole, size, member, limit, K0, K1, V, b, g, length, scale2,
+            out, sums, q0, q1, entries, whole if SPLIT else 0, size, member, limit, K0, K1, V, b, g, length, scale2,
             skb, skg, skt, svb, svg, svt,
             M, TOKENS, DK, DK0, DK1, DV, DVP, BS, STEP, DESCRIPTOR, TENSOR_LENGTH, DENSE, True,
         )  # fmt: skip
@@ -341,6 +344,7 @@ def forward(
         constants |= {"DESCRIPTOR": loads == "descriptor", "STEP": keys, "TOKENS": int(tokens)}
         constants["DIRECT"] = value.dtype == torch.bfloat16 if FORCE is None else FORCE
         constants["HELD"] = HELD
+        constants["SPLIT"] = SPLIT
         constants["DENSE"] = dense
         options = {"num_warps": int(warps), "num_stages": int(stages)} | ({"maxnreg": REGS} if REGS else {})
         known["forward"] = Plan(nsa_union_forward, constants, options)
