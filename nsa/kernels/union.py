@@ -1,8 +1,14 @@
-"""One program per tile of neighbouring tokens and group: it walks the union of their blocks once.
+"""One program per tile of tokens and group: it walks the union of their blocks once.
 
-Where neighbours agree each block is loaded once for the whole tile and the rows fill a wgmma; where they do not, rows
-are computed against blocks they did not choose. A first launch writes each tile's union: made at the head of the
-attention program it cost about 11 us per tile (H200, 4 warps), a quarter of the time at 16k and half at 1k.
+Where tokens agree each block is loaded once for the whole tile and the rows fill a wgmma; where they do not, rows are
+computed against blocks they did not choose. A first launch writes each tile's union: made at the head of the attention
+program it cost about 11 us per tile (H200, 4 warps), a quarter of the time at 16k and half at 1k. Where every row is
+known to select its whole context there is no list.
+
+In bfloat16 rows do without a maximum: a weight is exp2 of its scaled score, and a tile whose sums leave float32's
+comfortable range, or whose values do with them, is computed again by an online softmax. The loop then only ever adds to
+its output, so that one product runs beside the next, and takes half the instructions (H200, 16k, 64/4 heads, random
+blocks: 3.2 to 2.6 ms). Nothing is lost: bfloat16 has float32's exponents.
 """
 
 from __future__ import annotations
@@ -15,7 +21,6 @@ from torch import Tensor
 from ..selection import Selection
 from ..trace import ParameterValue
 from .launch import Plan, call_key, plans
-from .order import CHUNK_TOKENS, nsa_union_order, order_words, tile_tokens
 from .layout import (
     LOG2E,
     LOWEST,
@@ -32,16 +37,11 @@ from .layout import (
     shape_constants,
     unit_last,
 )
+from .order import CHUNK_TOKENS, nsa_union_order, order_words, tile_tokens
 
-
-HELD = False
-REGS = 0
-SPLIT = True
-FORCE: bool | None = None
-UNROLL = tl.constexpr(1)
 LEAST = tl.constexpr(2.0**-100)
 MOST = tl.constexpr(2.0**100)
-"""Totals in between need no maximum: weights that float32 cannot hold are too small to count."""
+"""Sums in between need no maximum: a weight too small for float32 is below 2**-26 of such a sum."""
 
 
 @triton.jit(do_not_specialize=["LENGTH", "S", "T"])
@@ -50,8 +50,7 @@ def nsa_union_entries(
     N: tl.constexpr, NP: tl.constexpr, BS: tl.constexpr, TENSOR_LENGTH: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * G * tiles,): a tile's union, ascending, ``block << TOKENS | bits``, NONE where it has ended; behind all
-    unions their sizes, behind those how many of their blocks every token sees to the end. Bit i of ``bits`` says that
-    token i of the tile chose the block. One warp: no barriers."""
+    unions their sizes. Bit i of ``bits`` says that token i of the tile chose the block. One warp: no barriers."""
     pid = tl.program_id(0)
     tiles = tl.cdiv(S, TOKENS)
     tile = pid % tiles
@@ -67,7 +66,6 @@ def nsa_union_entries(
     limit = row_limit(POSITION, b, token, length, full, S, spb, sps)
     entry = row_entries(base + token.to(tl.int64) * sxs + (places % NP) * sxn, places % NP, limit, N, BS)
     entry = tl.where(start + local < S, entry, -1)
-    least = tl.min(limit, 0)
     bits = tl.zeros_like(entry)
     seen = tl.zeros_like(entry)
     for other in tl.static_range(TOKENS):
@@ -85,12 +83,12 @@ def nsa_union_entries(
     tl.store(ENTRIES + pid.to(tl.int64) * (TOKENS * NP) + places, entry)
     sizes = ENTRIES + tl.num_programs(0).to(tl.int64) * (TOKENS * NP) + pid
     tl.store(sizes, tl.sum((entry != NONE).to(tl.int32), 0))
-    tl.store(sizes + tl.num_programs(0), tl.sum((entry < ((least // BS) << TOKENS)).to(tl.int32), 0))
 
 
 @triton.jit
 def held(q, WIDTH: tl.constexpr):
-    """The same rows, as the result of a product."""
+    """The same rows as the result of a product with one, which stays in registers; Triton reads rows that were loaded
+    from shared memory anew for each product, half of what the loop reads there."""
     columns = tl.arange(0, WIDTH)
     one = tl.where(columns[:, None] == columns[None, :], 1.0, 0.0).to(q.dtype)
     return tl.dot(q, one, input_precision="ieee").to(q.dtype)
@@ -113,65 +111,64 @@ def next_block(ENTRIES, place, member, TOKENS: tl.constexpr, DENSE: tl.constexpr
 def load_scores(
     q0, q1, K0, K1, b, g, first, left, limit, skb, skg, skt,
     DK: tl.constexpr, DK0: tl.constexpr, DK1: tl.constexpr, STEP: tl.constexpr, DESCRIPTOR: tl.constexpr,
-    MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Raw scores (M, STEP) of keys ``first`` on; with MASKED those at a row's limit or above are -inf."""
+    """Raw scores (M, STEP) of keys ``first`` on, -inf at a row's limit and above."""
     k0 = load_rows(K0, b, g, first, left, skb, skg, skt, 0, DK, DK0, STEP, DESCRIPTOR, False)
     score = tl.dot(q0, tl.trans(k0), input_precision="ieee")
     if DK1 > 0:
         k1 = load_rows(K1, b, g, first, left, skb, skg, skt, DK0, DK, DK1, STEP, DESCRIPTOR, False)
         score = tl.dot(q1, tl.trans(k1), score, input_precision="ieee")
-    if MASKED:
-        score = tl.where(tl.arange(0, STEP)[None, :] < (limit - first)[:, None], score, -float("inf"))
-    return score
+    return tl.where(tl.arange(0, STEP)[None, :] < (limit - first)[:, None], score, -float("inf"))
 
 
 @triton.jit
 def attend_direct(
-    out, total, q0, q1, ENTRIES, low, high, member, limit, K0, K1, V, b, g, length, scale2,
-    skb, skg, skt, svb, svg, svt,
+    q0, q1, ENTRIES, size, member, limit, K0, K1, V, b, g, length, scale2, skb, skg, skt, svb, svg, svt,
     M: tl.constexpr, TOKENS: tl.constexpr, DK: tl.constexpr, DK0: tl.constexpr, DK1: tl.constexpr, DV: tl.constexpr,
     DVP: tl.constexpr, BS: tl.constexpr, STEP: tl.constexpr, DESCRIPTOR: tl.constexpr, TENSOR_LENGTH: tl.constexpr,
-    DENSE: tl.constexpr, MASKED: tl.constexpr,
+    DENSE: tl.constexpr,
 ):  # fmt: skip
-    """Softmax numerators without a maximum, over entries ``low`` to ``high``; row i belongs to token ``member[i]``.
+    """(weighted values (M, DVP), total (M,)) without a maximum, over ``size`` entries; row i is of token ``member[i]``.
 
-    ``total`` (M, 8): eight sums a row, which stay inside a thread. Nothing in the loop waits for a maximum, and the
-    product with the values only ever adds to ``out``, so that it runs beside the next scores.
+    Eight sums a row are carried, which stay inside a thread.
     """
+    out = tl.zeros([M, DVP], tl.float32)
+    sums = tl.zeros([M, 8], tl.float32)
     parts: tl.constexpr = BS // STEP
-    for i in tl.range(low * parts, high * parts, loop_unroll_factor=UNROLL):
+    for i in range(size * parts):
         block, chosen = next_block(ENTRIES, i // parts, member, TOKENS, DENSE)
         first = block * BS + (i % parts) * STEP
         bias = tl.where(chosen, 0.0, -float("inf"))
         score = load_scores(
-            q0, q1, K0, K1, b, g, first, length - first, limit, skb, skg, skt, DK, DK0, DK1, STEP, DESCRIPTOR, MASKED
+            q0, q1, K0, K1, b, g, first, length - first, limit, skb, skg, skt, DK, DK0, DK1, STEP, DESCRIPTOR
         )
         weight = tl.math.exp2(score * scale2 + bias[:, None])
-        total += tl.sum(weight.reshape(M, STEP // 8, 8), 1)
+        sums += tl.sum(weight.reshape(M, STEP // 8, 8), 1)
         v = load_rows(V, b, g, first, length - first, svb, svg, svt, 0, DV, DVP, STEP, DESCRIPTOR, TENSOR_LENGTH)
         out = tl.dot(weight.to(v.dtype), v, out, input_precision="ieee")
-    return out, total
+    return out, tl.sum(sums, 1)
 
 
 @triton.jit
 def attend_online(
-    out, top, total, q0, q1, ENTRIES, low, high, member, limit, K0, K1, V, b, g, length, scale2,
-    skb, skg, skt, svb, svg, svt,
-    TOKENS: tl.constexpr, DK: tl.constexpr, DK0: tl.constexpr, DK1: tl.constexpr, DV: tl.constexpr,
+    q0, q1, ENTRIES, size, member, limit, K0, K1, V, b, g, length, scale2, skb, skg, skt, svb, svg, svt,
+    M: tl.constexpr, TOKENS: tl.constexpr, DK: tl.constexpr, DK0: tl.constexpr, DK1: tl.constexpr, DV: tl.constexpr,
     DVP: tl.constexpr, BS: tl.constexpr, STEP: tl.constexpr, DESCRIPTOR: tl.constexpr, TENSOR_LENGTH: tl.constexpr,
-    DENSE: tl.constexpr, MASKED: tl.constexpr,
+    DENSE: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax as ``layout.attend``, over entries ``low`` to ``high``; row i belongs to token ``member[i]``.
+    """(weighted values, running maximum (M,), total) as ``layout.attend``, over the same entries as ``attend_direct``.
 
     Rows that chose a block or not differ by their maximum alone.
     """
+    top = tl.full([M], LOWEST, tl.float32)
+    total = tl.zeros([M], tl.float32)
+    out = tl.zeros([M, DVP], tl.float32)
     parts: tl.constexpr = BS // STEP
-    for i in range(low * parts, high * parts):
+    for i in range(size * parts):
         block, chosen = next_block(ENTRIES, i // parts, member, TOKENS, DENSE)
         first = block * BS + (i % parts) * STEP
         score = load_scores(
-            q0, q1, K0, K1, b, g, first, length - first, limit, skb, skg, skt, DK, DK0, DK1, STEP, DESCRIPTOR, MASKED
+            q0, q1, K0, K1, b, g, first, length - first, limit, skb, skg, skt, DK, DK0, DK1, STEP, DESCRIPTOR
         )
         new_top = tl.where(chosen, tl.maximum(top, tl.max(score, 1)), top)
         weight = tl.math.exp2(score * scale2 - tl.where(chosen, new_top * scale2, float("inf"))[:, None])
@@ -227,7 +224,6 @@ def nsa_union_forward(
     TOKENS: tl.constexpr,
     DIRECT: tl.constexpr,
     HELD: tl.constexpr,
-    SPLIT: tl.constexpr,
     DENSE: tl.constexpr,
 ):
     """Grid (B * G * tiles,), tiles of TOKENS tokens, of one group beside each other, last (longest) tiles first."""
@@ -248,13 +244,10 @@ def nsa_union_forward(
     if DENSE:
         entries = ENTRIES
         size = tl.cdiv(tl.minimum((tile + 1) * TOKENS, S), BS)
-        whole = (tile * TOKENS + 1) // BS
     else:
         place = ((b * G + g) * tiles + tile).to(tl.int64)
         entries = ENTRIES + place * (TOKENS * NP)
-        sizes = ENTRIES + tl.num_programs(0).to(tl.int64) * (TOKENS * NP) + place
-        size = tl.load(sizes)
-        whole = tl.load(sizes + tl.num_programs(0))
+        size = tl.load(ENTRIES + tl.num_programs(0).to(tl.int64) * (TOKENS * NP) + place)
     there = (start + local < S) & (head < H)
     base = Q + b.to(tl.int64) * sqb + g.to(tl.int64) * sqg + start.to(tl.int64) * sqs
     q0 = load_query(base, rows, local * sqs + head * sqh, there, 0, DK, DK0)
@@ -265,44 +258,22 @@ def nsa_union_forward(
         q1 = load_query(base, rows, local * sqs + head * sqh, there, DK0, DK, DK1)
         if HELD:
             q1 = held(q1, DK1)
-    top = tl.zeros([M], tl.float32)
-    total = tl.zeros([M], tl.float32)
-    out = tl.zeros([M, DVP], tl.float32)
     if DIRECT:
-        sums = tl.zeros([M, 8], tl.float32)
-        if SPLIT:
-            out, sums = attend_direct(
-                out, sums, q0, q1, entries, 0, whole, member, limit, K0, K1, V, b, g, length, scale2,
-                skb, skg, skt, svb, svg, svt,
-                M, TOKENS, DK, DK0, DK1, DV, DVP, BS, STEP, DESCRIPTOR, TENSOR_LENGTH, DENSE, False,
-            )  # fmt: skip
-        out, sums = attend_direct(
-            out, sums, q0, q1, entries, whole if SPLIT else 0, size, member, limit, K0, K1, V, b, g, length, scale2,
-            skb, skg, skt, svb, svg, svt,
-            M, TOKENS, DK, DK0, DK1, DV, DVP, BS, STEP, DESCRIPTOR, TENSOR_LENGTH, DENSE, True,
+        top = tl.zeros([M], tl.float32)
+        out, total = attend_direct(
+            q0, q1, entries, size, member, limit, K0, K1, V, b, g, length, scale2, skb, skg, skt, svb, svg, svt,
+            M, TOKENS, DK, DK0, DK1, DV, DVP, BS, STEP, DESCRIPTOR, TENSOR_LENGTH, DENSE,
         )  # fmt: skip
-        total = tl.sum(sums, 1)
-        fine = (total >= LEAST) & (total <= MOST) & (tl.sum(out * 0.0, 1) == 0.0)
+        fine = (total >= LEAST) & (total <= MOST) & (tl.sum(out * 0.0, 1) == 0.0)  # false for NaN
         if tl.min((fine | (start + local >= S)).to(tl.int32), 0) == 0:
-            top = tl.full([M], LOWEST, tl.float32)
-            total = tl.zeros([M], tl.float32)
-            out = tl.zeros([M, DVP], tl.float32)
             out, top, total = attend_online(
-                out, top, total, q0, q1, entries, 0, size, member, limit, K0, K1, V, b, g, length, scale2,
-                skb, skg, skt, svb, svg, svt,
-                TOKENS, DK, DK0, DK1, DV, DVP, BS, STEP, DESCRIPTOR, TENSOR_LENGTH, DENSE, True,
+                q0, q1, entries, size, member, limit, K0, K1, V, b, g, length, scale2, skb, skg, skt, svb, svg, svt,
+                M, TOKENS, DK, DK0, DK1, DV, DVP, BS, STEP, DESCRIPTOR, TENSOR_LENGTH, DENSE,
             )  # fmt: skip
     else:
-        top = tl.full([M], LOWEST, tl.float32)
         out, top, total = attend_online(
-            out, top, total, q0, q1, entries, 0, whole, member, limit, K0, K1, V, b, g, length, scale2,
-            skb, skg, skt, svb, svg, svt,
-            TOKENS, DK, DK0, DK1, DV, DVP, BS, STEP, DESCRIPTOR, TENSOR_LENGTH, DENSE, False,
-        )  # fmt: skip
-        out, top, total = attend_online(
-            out, top, total, q0, q1, entries, whole, size, member, limit, K0, K1, V, b, g, length, scale2,
-            skb, skg, skt, svb, svg, svt,
-            TOKENS, DK, DK0, DK1, DV, DVP, BS, STEP, DESCRIPTOR, TENSOR_LENGTH, DENSE, True,
+            q0, q1, entries, size, member, limit, K0, K1, V, b, g, length, scale2, skb, skg, skt, svb, svg, svt,
+            M, TOKENS, DK, DK0, DK1, DV, DVP, BS, STEP, DESCRIPTOR, TENSOR_LENGTH, DENSE,
         )  # fmt: skip
     out, logsum = finish(out, top, total, scale2)
     row = ((b.to(tl.int64) * S + start) * G + g) * H
@@ -336,19 +307,19 @@ def forward(
     keys = min(int(step), selection.block_size)
     dense = takes_everything(selection, queries, key.shape[2])
     words = order_words(key.shape[2], selection.block_size) if order == "overlap" and not dense else 0
-    name = call_key(query, key, value, selection, "union", logsum is None, tokens, keys, warps, stages, loads, dense, words)
+    shape = logsum is None, dense, words, tokens, keys
+    name = call_key(query, key, value, selection, "union", shape, warps, stages, loads)
     known = plans(name)
     if not known:
         unit_last(query, "query")
         constants = shape_constants(query, value, selection)
         constants |= {"DESCRIPTOR": loads == "descriptor", "STEP": keys, "TOKENS": int(tokens)}
-        constants["DIRECT"] = value.dtype == torch.bfloat16 if FORCE is None else FORCE
-        constants["HELD"] = HELD
-        constants["SPLIT"] = SPLIT
-        constants["DENSE"] = dense
-        options = {"num_warps": int(warps), "num_stages": int(stages)} | ({"maxnreg": REGS} if REGS else {})
+        constants |= {"DIRECT": value.dtype == torch.bfloat16, "DENSE": dense}
+        constants["HELD"] = bool(constants["DIRECT"]) and holds_query(constants, int(tokens), int(warps))
+        options = {"num_warps": int(warps), "num_stages": int(stages)}
         known["forward"] = Plan(nsa_union_forward, constants, options)
-        known["order"] = Plan(nsa_union_order, {"N": constants["N"], "TOKENS": int(tokens), "WORDS": words}, {"num_warps": 1})
+        ordering = {"N": constants["N"], "TOKENS": int(tokens), "WORDS": words}
+        known["order"] = Plan(nsa_union_order, ordering, {"num_warps": 1})
         wanted = {field: constants[field] for field in ("N", "NP", "BS", "TENSOR_LENGTH", "TOKENS")}
         known["entries"] = Plan(nsa_union_entries, wanted, {"num_warps": 1})
     constants = known["forward"].constants
@@ -362,10 +333,11 @@ def forward(
             chunks = batch * groups * triton.cdiv(queries, CHUNK_TOKENS)
             turned = torch.empty(chunks * CHUNK_TOKENS, dtype=torch.int32, device=value.device)
             known["order"](chunks, blocks, turned, queries, groups, *blocks.stride())
-        entries = torch.empty(tiles * (int(tokens) * constants["NP"] + 2), dtype=torch.int32, device=value.device)
+        entries = torch.empty(tiles * (int(tokens) * constants["NP"] + 1), dtype=torch.int32, device=value.device)
         known["entries"](
             tiles,
-            blocks, length, positions, turned, entries, queries, key.shape[2], groups, *position_strides, *blocks.stride(),
+            blocks, length, positions, turned, entries,
+            queries, key.shape[2], groups, *position_strides, *blocks.stride(),
         )  # fmt: skip
     known["forward"](
         tiles,
@@ -382,3 +354,8 @@ def takes_everything(selection: Selection, queries: int, keys: int) -> bool:
     if not selection.complete or selection.query_positions is not None or isinstance(length, Tensor):
         return False
     return length == queries == keys <= selection.indices.shape[3] * selection.block_size
+
+
+def holds_query(constants: dict[str, int | bool], tokens: int, warps: int) -> bool:
+    """Whether a tile's queries have room in registers: one wgmma's rows, and sums that leave room for them."""
+    return tokens * constants["HP"] == 64 and warps == 4 and constants["DK"] <= 192 and constants["DVP"] <= 128

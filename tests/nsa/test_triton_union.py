@@ -1,4 +1,4 @@
-"""What only the union kernel does: rows without a maximum, tiles of tokens that agree, whole contexts without a list."""
+"""What only the union kernel does: no maximum, tiles of tokens that agree, no list where whole contexts are read."""
 
 from __future__ import annotations
 
