@@ -317,6 +317,8 @@ def forward(
         constants |= {"DIRECT": value.dtype == torch.bfloat16, "DENSE": dense}
         constants["HELD"] = bool(constants["DIRECT"]) and holds_query(constants, int(tokens), int(warps))
         options = {"num_warps": int(warps), "num_stages": int(stages)}
+        if constants["HELD"] and keys <= 32:
+            options["maxnreg"] = 168  # three programs a processor; ptxas needs no more, but takes up to 254
         known["forward"] = Plan(nsa_union_forward, constants, options)
         ordering = {"N": constants["N"], "TOKENS": int(tokens), "WORDS": words}
         known["order"] = Plan(nsa_union_order, ordering, {"num_warps": 1})

@@ -28,16 +28,19 @@ def tunables(problem: SelectionProblem, device: torch.device) -> tuple[Parameter
         Parameter("step", tuple(size for size in (16, 32, 64, 128) if size <= problem.block_size), step),
         Parameter("warps", (2, 4, 8), 4),
         Parameter("stages", (2, 3, 4), 2),
-        Parameter("order", ("position", "overlap"), "position"),
+        Parameter("order", ("position", "overlap"), "overlap" if problem.overlap == "low" else "position"),
         Parameter(**support.loads_ladder("triton_union", problem, device)),
         *(Parameter(**ladder) for ladder in support.backward_ladders(problem)),
     )
 
 
 def tile_ladder(problem: SelectionProblem) -> tuple[int, ...]:
-    """Tokens of a tile: 16 to 128 rows, at most 256 slots, and at least two tokens."""
+    """Tokens of a tile: 16 to 128 rows, at most 256 slots, and at least two tokens, whose bits and a block's number fit
+    31 bits."""
     heads, slots = support.padded(problem.h), support.padded(problem.topk)
-    return tuple(size for size in (2, 4, 8, 16) if 16 <= size * heads <= 128 and size * slots <= 256)
+    blocks = support.parts(problem.T, max(1, problem.block_size))
+    sizes = (size for size in (2, 4, 8, 16) if 16 <= size * heads <= 128 and size * slots <= 256)
+    return tuple(size for size in sizes if blocks < 2 ** (31 - size))
 
 
 def unsupported(problem: SelectionProblem, device: torch.device, parameters: Parameters) -> str | None:
