@@ -16,9 +16,10 @@ from .base import Evidence, Parameter, Parameters
 
 
 def tunables(problem: SelectionProblem, device: torch.device) -> tuple[Parameter, ...]:
-    """``tokens`` per tile; ``step``: keys at a time; ``warps`` and ``stages`` of the kernel; ``loads`` of keys and
+    """``tokens`` per tile; ``step``: keys at a time; ``warps`` and ``stages`` of the kernel; ``order``: what shares a
+    tile, tokens of neighbouring ``position`` or those of 64 whose blocks ``overlap`` most; ``loads`` of keys and
     values; in mode train the backward's. Sizes that cannot be stand on no ladder: a tile has 16 to 128 query x head
-    rows and up to 128 slots."""
+    rows and up to 256 slots."""
     tokens = tile_ladder(problem)
     step = min(32, problem.block_size)
     default = min(tokens, key=lambda size: abs(size * support.padded(problem.h) - 64)) if tokens else 1
@@ -27,15 +28,19 @@ def tunables(problem: SelectionProblem, device: torch.device) -> tuple[Parameter
         Parameter("step", tuple(size for size in (16, 32, 64, 128) if size <= problem.block_size), step),
         Parameter("warps", (2, 4, 8), 4),
         Parameter("stages", (2, 3, 4), 2),
+        Parameter("order", ("position", "overlap"), "overlap" if problem.overlap == "low" else "position"),
         Parameter(**support.loads_ladder("triton_union", problem, device)),
         *(Parameter(**ladder) for ladder in support.backward_ladders(problem)),
     )
 
 
 def tile_ladder(problem: SelectionProblem) -> tuple[int, ...]:
-    """Tokens of a tile: 16 to 128 rows, at most 128 slots, and at least two tokens."""
+    """Tokens of a tile: 16 to 128 rows, at most 256 slots, and at least two tokens, whose bits and a block's number fit
+    31 bits."""
     heads, slots = support.padded(problem.h), support.padded(problem.topk)
-    return tuple(size for size in (2, 4, 8, 16) if 16 <= size * heads <= 128 and size * slots <= 128)
+    blocks = support.parts(problem.T, max(1, problem.block_size))
+    sizes = (size for size in (2, 4, 8, 16) if 16 <= size * heads <= 128 and size * slots <= 256)
+    return tuple(size for size in sizes if blocks < 2 ** (31 - size))
 
 
 def unsupported(problem: SelectionProblem, device: torch.device, parameters: Parameters) -> str | None:
@@ -47,7 +52,7 @@ def unsupported(problem: SelectionProblem, device: torch.device, parameters: Par
     if tokens not in ladder:
         return (
             f"triton_union cannot tile {tokens} tokens of {problem.h} heads and {problem.topk} slots; "
-            f"a tile has 16 to 128 rows and up to 128 slots, which leaves {list(ladder)}"
+            f"a tile has 16 to 128 rows and up to 256 slots, which leaves {list(ladder)}"
         )
     if reason := support.loads_reason("triton_union", str(parameters.get("loads", "pointer")), problem, device):
         return reason
@@ -61,9 +66,17 @@ def unsupported(problem: SelectionProblem, device: torch.device, parameters: Par
 def evidence(
     problem: SelectionProblem, device: torch.device, parameters: Parameters, lengths: Sequence[int]
 ) -> Evidence:
-    """One launch of its kernel and of the one that makes the unions; the interpreter leaves no trace."""
-    required = {support.KERNELS["triton_union"]: 1, r"^nsa_union_entries$": 1} if device.type == "cuda" else {}
-    return Evidence(required=required, forbidden=support.forbidden("triton_union"))
+    """One launch of its kernel, of the one that makes the unions, and of the one that orders tokens; neither of the
+    last two where every row selects its whole context. The interpreter leaves no trace."""
+    required = {support.KERNELS["triton_union"]: 1}
+    whole = problem.complete and problem.S == problem.T <= problem.topk * problem.block_size
+    if not whole:
+        required[r"^nsa_union_entries$"] = 1
+        required |= {r"^nsa_union_order$": 1} if parameters.get("order") == "overlap" else {}
+    return Evidence(
+        required=required if device.type == "cuda" else {},
+        forbidden=support.forbidden("triton_union"),
+    )
 
 
 def run(
@@ -78,13 +91,17 @@ def run(
     step: ParameterValue = 64,  # what table entries from before there was a choice were measured with
     warps: ParameterValue = 4,
     stages: ParameterValue = 2,
+    order: ParameterValue = "position",
     loads: ParameterValue = "pointer",
     **backward: ParameterValue,
 ) -> Tensor:
     """Selection attention, tile by tile. Shapes as in ``nsa.problem``."""
     from ..kernels import gradient, union  # Triton, loaded when first run
 
-    parameters = {"tokens": tokens, "step": step, "warps": warps, "stages": stages, "loads": loads}
+    parameters = {
+        **{"tokens": tokens, "step": step, "warps": warps},
+        **{"stages": stages, "order": order, "loads": loads},
+    }
 
     def launch(q: Tensor, k: Tensor, v: Tensor, chosen: Selection, factor: float, logsum: Tensor | None) -> Tensor:
         return union.forward(q, k, v, chosen, factor, logsum, **parameters)
