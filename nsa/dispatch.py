@@ -102,35 +102,39 @@ def selection_attention(
 
     Inside ``torch.compile`` it is one graph break: nothing of dispatch is traced, the path runs eagerly.
     """
-    forced = path != "auto"
-    capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
+    device, key_shape, value_shape = query.device, key.shape, value.shape
+    kind = device.type
+    capturing = kind == "cuda" and torch.cuda.is_current_stream_capturing()
     grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     length = selection.context_length
-    if isinstance(length, int) and key.dim() == value.dim() == 4 and length < key.shape[2]:
-        key, value = key[:, :, :length], value[:, :, :length]
-    if isinstance(length, Tensor) and length.device.type == "cpu" and bool((length > key.shape[-2]).any()):
-        raise ArgumentError(f"context_length {length.tolist()} exceeds the {key.shape[-2]} keys that were passed")
-    chosen_table = None if forced else table or active_dispatch_table(query.device.type)
+    if not isinstance(length, Tensor):
+        if len(key_shape) == len(value_shape) == 4 and length < key_shape[2]:
+            key, value = key[:, :, :length], value[:, :, :length]
+            key_shape, value_shape = key.shape, value.shape
+    elif length.device.type == "cpu" and bool((length > key_shape[-2]).any()):
+        raise ArgumentError(f"context_length {length.tolist()} exceeds the {key_shape[-2]} keys that were passed")
+    chosen_table = None if path != "auto" else table or active_dispatch_table(kind)
     plans: dict[Any, tuple[Attempt, ...]] = _forced_plans if chosen_table is None else chosen_table.plans  # type: ignore[attr-defined]
     call = (
-        *(query.shape, key.shape, value.shape, selection.signature, prefer, avoid),
-        *(query.dtype, key.dtype, value.dtype, query.device, key.device, value.device),
-        *(grad, capturing, strict, length if isinstance(length, int) else -1),
+        *(query.shape, key_shape, value_shape, selection.signature, prefer, avoid),
+        *(query.dtype, key.dtype, value.dtype, device, key.device, value.device),
+        *(grad, capturing, strict, -1 if isinstance(length, Tensor) else length),
         *(path, tuple(parameters.items()) if parameters else None, repr(overrides) if overrides else None),
     )
     plan = plans.get(call)
     if plan is None:
         problem = call_problem(query, key, value, selection, grad=grad, capturing=capturing)
-        plan = plan_call(problem, query.device, path, parameters, strict, chosen_table, overrides or {}, prefer, avoid)
+        plan = plan_call(problem, device, path, parameters, strict, chosen_table, overrides or {}, prefer, avoid)
         if len(plans) >= MAX_REMEMBERED:
             plans.clear()
         plans[call] = plan
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return _run(plan, query, key, value, selection, scale, workspace)
+    return _run(plan, kind, query, key, value, selection, scale, workspace)
 
 
 def _run(
     plan: tuple[Attempt, ...],
+    kind: str,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -146,7 +150,7 @@ def _run(
             status, reason = "default", "; ".join((*late, reason))
         announce(status, reason)
         try:
-            with as_given(query.device.type):
+            with as_given(kind):
                 out = attempt.function(
                     query, key, value, selection, scale=scale, workspace=workspace, **candidate.parameters
                 )
@@ -164,9 +168,12 @@ def _run(
     raise AssertionError("a plan has at least one attempt")
 
 
+AS_IT_IS = nullcontext()
+
+
 def as_given(kind: str) -> AbstractContextManager[Any]:
     """A context in which autocast leaves a path's dtypes as the caller gave them."""
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else AS_IT_IS
 
 
 def _count_step(step: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -28,9 +30,11 @@ def tunables(problem: SelectionProblem, device: torch.device) -> tuple[Parameter
     return (
         Parameter("splits", ladder, fitting[-1] if fitting else 1),
         Parameter("combine", ("inside", "launch"), "inside"),
+        Parameter("step", tuple(size for size in (16, 32, 64, 128) if size <= problem.block_size), problem.block_size),
         Parameter("warps", (1, 2, 4, 8), 4),
         Parameter("stages", (2, 3, 4), 2),
         Parameter(**support.loads_ladder("triton_decode", problem, device)),
+        Parameter("dependent", (False, True) if device.type == "cuda" else (False,), False),
         *(Parameter(**ladder) for ladder in support.backward_ladders(problem)),
     )
 
@@ -67,19 +71,29 @@ def run(
     workspace: Workspace | None = None,
     splits: ParameterValue = 8,
     combine: ParameterValue = "inside",
+    step: ParameterValue = 128,
     warps: ParameterValue = 4,
     stages: ParameterValue = 2,
     loads: ParameterValue = "pointer",
+    dependent: ParameterValue = False,
     **backward: ParameterValue,
 ) -> Tensor:
     """Selection attention for few rows. Shapes as in ``nsa.problem``."""
-    from ..kernels import decode, gradient  # Triton, loaded when first run
-
-    parameters = {"splits": splits, "combine": combine, "warps": warps, "stages": stages, "loads": loads}
+    decode, gradient = _kernels()
+    parameters = {"splits": splits, "combine": combine, "step": step, "warps": warps, "stages": stages, "loads": loads}
+    parameters["dependent"] = dependent
 
     def launch(q: Tensor, k: Tensor, v: Tensor, chosen: Selection, factor: float, logsum: Tensor | None) -> Tensor:
         return decode.forward(q, k, v, chosen, factor, logsum, **parameters)
 
-    out = gradient.attention(query, key, value, selection, scale, launch, backward)
-    executed("selection", "triton_decode", {**parameters, **backward})
+    out: Tensor = gradient.attention(query, key, value, selection, scale, launch, backward)
+    executed("selection", "triton_decode", parameters | backward)
     return out
+
+
+@cache
+def _kernels() -> tuple[ModuleType, ModuleType]:
+    """Modules that need Triton, loaded when first run."""
+    from ..kernels import decode, gradient
+
+    return decode, gradient
