@@ -52,6 +52,7 @@ class StepParameters(msgspec.Struct, frozen=True, kw_only=True):
     combine_warps: int = 2
     compressed_stages: int = 2
     attend_stages: int = 3
+    dependent: bool = False
 
 
 def default_parameters(config: NSAConfig, rows: int, capacity: int, dtype: torch.dtype) -> StepParameters:
@@ -76,27 +77,29 @@ def default_parameters(config: NSAConfig, rows: int, capacity: int, dtype: torch
 class Launch:
     """One kernel with all its arguments. The first call goes through Triton, later ones launch what it returned.
 
-    Those pass addresses, not tensors, which spares the launcher a driver call per tensor; ``held`` keeps them alive.
+    Those pass addresses, not tensors; ``held`` keeps them alive.
     """
 
-    __slots__ = ("arguments", "constants", "grid", "held", "kernel", "options", "runner")
+    __slots__ = ("arguments", "constants", "grid", "held", "kernel", "launcher", "options")
 
     def __init__(self, kernel: Any, grid: tuple[int, int], arguments: tuple[Any, ...], constants: dict[str, Any],
                  **options: int) -> None:  # fmt: skip
-        self.kernel, self.grid, self.held, self.options = kernel, (*grid, 1), arguments, options
+        self.kernel, self.grid, self.held, self.options = kernel, grid, arguments, options
         self.arguments = arguments
         self.constants = {name: constants[name] for name in kernel.arg_names[len(arguments) :]}
-        self.runner: Any = None
+        self.launcher: Any = None
 
     def __call__(self) -> None:
-        if self.runner is not None:
-            self.runner(*self.arguments)
+        if self.launcher is not None:
+            self.launcher(*self.grid, self.arguments)
             return
-        compiled = self.kernel[self.grid](*self.arguments, **self.constants, **self.options)
+        compiled = self.kernel[(*self.grid, 1)](*self.arguments, **self.constants, **self.options)
         if compiled is not None:  # the interpreter compiles nothing
+            from .kernels.launch import Launcher
+
             addresses = (item.data_ptr() if isinstance(item, Tensor) else item for item in self.held)
             self.arguments = (*addresses, *self.constants.values())
-            self.runner = compiled[self.grid]
+            self.launcher = Launcher(compiled)
 
 
 class FusedStep:
@@ -179,38 +182,38 @@ class FusedStep:
         before = [
             Launch(step_append.nsa_step_append, (rows, 4),
                    (self.projected, self.query, *storage, lengths, table, turn, slots, room, few, pages, self.capacity,
-                    width), constants, num_warps=2)
+                    width), constants, launch_pdl=sizes.dependent, num_warps=2)
         ]  # fmt: skip
         after = []
         for source, target, recent, fresh in zip(storage[:2], storage[2:], self.recent, self.fresh, strict=False):
             sized = constants | {"D": recent.shape[-1], "DP": support.padded(recent.shape[-1])}
             before.append(Launch(
                 step_append.nsa_step_recent, (rows, 1),
-                (source, recent, lengths, table, slots, room, pages, self.capacity), sized, num_warps=4))  # fmt: skip
+                (source, recent, lengths, table, slots, room, pages, self.capacity), sized, launch_pdl=sizes.dependent, num_warps=4))  # fmt: skip
             after.append(Launch(
                 step_append.nsa_step_keep, (rows, 1),
-                (fresh, target, lengths, table, slots, few, pages, self.capacity), sized, num_warps=4))  # fmt: skip
+                (fresh, target, lengths, table, slots, few, pages, self.capacity), sized, launch_pdl=sizes.dependent, num_warps=4))  # fmt: skip
         if compressed:
             after.append(Launch(
                 step.nsa_step_compressed, (rows * compressed, 1),
                 (self.query, *storage[2:], lengths, table, self.scores, *stat, slots, few, pages, self.capacity,
                  self.scores.shape[3]), constants | {"BN": sizes.compressed_tile},
-                num_warps=sizes.compressed_warps, num_stages=sizes.compressed_stages))  # fmt: skip
+                launch_pdl=sizes.dependent, num_warps=sizes.compressed_warps, num_stages=sizes.compressed_stages))  # fmt: skip
         if selected:
             after.append(Launch(
                 step.nsa_step_choose, (rows * sizes.choice_splits, 1),
                 (self.scores, self.top, self.total, lengths, self.ranks, self.picks, self.counter, self.capacity,
-                 self.scores.shape[3]), constants, num_warps=sizes.choose_warps))  # fmt: skip
+                 self.scores.shape[3]), constants, launch_pdl=sizes.dependent, num_warps=sizes.choose_warps))  # fmt: skip
         if selected or window:
             after.append(Launch(
                 step.nsa_step_attend, (rows * (selected + window), 1),
                 (self.query, *storage[:2], lengths, table, self.picks, *stat, slots, room, pages, self.capacity),
-                constants, num_warps=sizes.attend_warps, num_stages=sizes.attend_stages))  # fmt: skip
+                constants, launch_pdl=sizes.dependent, num_warps=sizes.attend_warps, num_stages=sizes.attend_stages))  # fmt: skip
         after.append(Launch(
             step.nsa_step_combine, (rows * self.layer.config.heads_per_group, 1),
             (self.projected, self.layer.gate_bias, *stat, self.mixed, lengths, width),
             constants | {"COMPRESSED": compressed if self.branch != "selection" else 0},
-            num_warps=sizes.combine_warps))  # fmt: skip
+            launch_pdl=sizes.dependent, num_warps=sizes.combine_warps))  # fmt: skip
         return before, after
 
     def _constants(self, cache: NSACache) -> dict[str, Any]:
@@ -227,7 +230,7 @@ class FusedStep:
             "MEAN_ROLE": 0 if config.compression == "mean" else -1, "CHUNK": 16 if wide else 0,
             "BN": sizes.tile, "BJ": sizes.blocks_at_once, "NB": self.ranks.shape[1], "SHARES": sizes.choice_splits,
             "SPLITS": compressed,
-            "SCORED": bool(selected), "VALUED": self.branch != "selection", "GATED": self.branch is None,
+            "DEPENDENT": sizes.dependent, "SCORED": bool(selected), "VALUED": self.branch != "selection", "GATED": self.branch is None,
             "BEFORE": compressed, "SELECTED": selected, "RECENT": window, "PARTS": compressed + selected + window,
             "SECOND": compressed, "THIRD": compressed + selected,
             "GATE": config.num_heads * width + len(BRANCHES) * config.num_kv_heads * (width + config.value_width),

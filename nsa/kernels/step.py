@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .layout import LOWEST
-from .step_append import SIZES, context, storage_rows
+from .step_append import SIZES, await_launch, context, storage_rows
 
 INDEX = tl.constexpr(20)
 """``nsa.scoring.INDEX_BITS``."""
@@ -136,6 +136,7 @@ def nsa_step_compressed(
     BS: tl.constexpr,
     SCORED: tl.constexpr,
     VALUED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Grid (B * G * SPLITS,): a contiguous share of the compressed tokens.
 
@@ -144,6 +145,7 @@ def nsa_step_compressed(
     (paper eq. 9 and 10, kernel_size up to block_size + kernel_stride). Without SCORED it is not written, without VALUED
     no value is read.
     """
+    await_launch(DEPENDENT)
     RATIO: tl.constexpr = BS // STRIDE
     pid = tl.program_id(0)
     row, split = pid // SPLITS, pid % SPLITS
@@ -221,12 +223,14 @@ def nsa_step_choose(
     BJ: tl.constexpr,
     NB: tl.constexpr,
     SHARES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Grid (B * G * SHARES,): PICK (B * G, TOPK) gets the row's blocks, then -1, by the rules of ``nsa.scoring``.
 
     Each program ranks a share of the row's blocks, and the last one to finish picks: COUNTER (B * G,) is 0 before and
     after. RANK (B * G, NB) int64 is scratch: a block's leading score bits above its index, all different.
     """
+    await_launch(DEPENDENT)
     row = tl.program_id(0) // SHARES
     b = row // G
     position = context(LENGTH, b, capacity) - 1
@@ -299,11 +303,13 @@ def nsa_step_attend(
     SELECTED: tl.constexpr,
     RECENT: tl.constexpr,
     PARTS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Grid (B * G * (SELECTED + RECENT),): selected blocks by SELECTED programs of a row, its window by RECENT.
 
     Parts are written behind the BEFORE parts of the compressed tokens.
     """
+    await_launch(DEPENDENT)
     SLOTS: tl.constexpr = (TOPK + SELECTED - 1) // SELECTED if SELECTED > 0 else 0
     TILES: tl.constexpr = (BS + BN - 1) // BN
     PIECE: tl.constexpr = (WINDOW + RECENT - 1) // RECENT if RECENT > 0 else 0
@@ -379,12 +385,14 @@ def nsa_step_combine(
     PARTS: tl.constexpr,
     GATED: tl.constexpr,
     WIDE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Grid (B * G * H,): merge the parts of each branch that has any, gate, add; then the entry is one token longer.
 
     A branch's parts begin at 0, SECOND and THIRD. Gates stand in PROJECTED from column GATE on, three per head; without
     GATED they are 1.
     """
+    await_launch(DEPENDENT)
     pid = tl.program_id(0)
     i, b = pid % H, pid // (G * H)
     first = pid // H * PARTS
