@@ -84,8 +84,8 @@ class Launch:
 
     def __init__(self, kernel: Any, grid: tuple[int, int], arguments: tuple[Any, ...], constants: dict[str, Any],
                  **options: int) -> None:  # fmt: skip
-        self.kernel, self.grid, self.held, self.options = kernel, grid, arguments, options
-        self.arguments = arguments
+        self.kernel, self.grid, self.held, self.arguments = kernel, grid, arguments, arguments
+        self.options = options | {"launch_pdl": constants["DEPENDENT"]}
         self.constants = {name: constants[name] for name in kernel.arg_names[len(arguments) :]}
         self.launcher: Any = None
 
@@ -169,7 +169,7 @@ class FusedStep:
 
     def _launches(self, cache: NSACache) -> tuple[list[Launch], list[Launch]]:
         """The kernels up to a learnt compression of what the new token completes, and those behind it."""
-        from .kernels import step, step_append  # Triton, loaded when first run
+        from .kernels import step, step_append, step_choose, step_combine  # Triton, loaded when first run
 
         sizes, constants = self.parameters, self._constants(cache)
         batch, groups = cache.batch, cache.groups
@@ -182,38 +182,38 @@ class FusedStep:
         before = [
             Launch(step_append.nsa_step_append, (rows, 4),
                    (self.projected, self.query, *storage, lengths, table, turn, slots, room, few, pages, self.capacity,
-                    width), constants, launch_pdl=sizes.dependent, num_warps=2)
+                    width), constants, num_warps=2)
         ]  # fmt: skip
         after = []
         for source, target, recent, fresh in zip(storage[:2], storage[2:], self.recent, self.fresh, strict=False):
             sized = constants | {"D": recent.shape[-1], "DP": support.padded(recent.shape[-1])}
             before.append(Launch(
                 step_append.nsa_step_recent, (rows, 1),
-                (source, recent, lengths, table, slots, room, pages, self.capacity), sized, launch_pdl=sizes.dependent, num_warps=4))  # fmt: skip
+                (source, recent, lengths, table, slots, room, pages, self.capacity), sized, num_warps=4))  # fmt: skip
             after.append(Launch(
                 step_append.nsa_step_keep, (rows, 1),
-                (fresh, target, lengths, table, slots, few, pages, self.capacity), sized, launch_pdl=sizes.dependent, num_warps=4))  # fmt: skip
+                (fresh, target, lengths, table, slots, few, pages, self.capacity), sized, num_warps=4))  # fmt: skip
         if compressed:
             after.append(Launch(
                 step.nsa_step_compressed, (rows * compressed, 1),
                 (self.query, *storage[2:], lengths, table, self.scores, *stat, slots, few, pages, self.capacity,
                  self.scores.shape[3]), constants | {"BN": sizes.compressed_tile},
-                launch_pdl=sizes.dependent, num_warps=sizes.compressed_warps, num_stages=sizes.compressed_stages))  # fmt: skip
+                num_warps=sizes.compressed_warps, num_stages=sizes.compressed_stages))  # fmt: skip
         if selected:
             after.append(Launch(
-                step.nsa_step_choose, (rows * sizes.choice_splits, 1),
+                step_choose.nsa_step_choose, (rows * sizes.choice_splits, 1),
                 (self.scores, self.top, self.total, lengths, self.ranks, self.picks, self.counter, self.capacity,
-                 self.scores.shape[3]), constants, launch_pdl=sizes.dependent, num_warps=sizes.choose_warps))  # fmt: skip
+                 self.scores.shape[3]), constants, num_warps=sizes.choose_warps))  # fmt: skip
         if selected or window:
             after.append(Launch(
                 step.nsa_step_attend, (rows * (selected + window), 1),
                 (self.query, *storage[:2], lengths, table, self.picks, *stat, slots, room, pages, self.capacity),
-                constants, launch_pdl=sizes.dependent, num_warps=sizes.attend_warps, num_stages=sizes.attend_stages))  # fmt: skip
+                constants, num_warps=sizes.attend_warps, num_stages=sizes.attend_stages))  # fmt: skip
         after.append(Launch(
-            step.nsa_step_combine, (rows * self.layer.config.heads_per_group, 1),
+            step_combine.nsa_step_combine, (rows * self.layer.config.heads_per_group, 1),
             (self.projected, self.layer.gate_bias, *stat, self.mixed, lengths, width),
             constants | {"COMPRESSED": compressed if self.branch != "selection" else 0},
-            launch_pdl=sizes.dependent, num_warps=sizes.combine_warps))  # fmt: skip
+            num_warps=sizes.combine_warps))  # fmt: skip
         return before, after
 
     def _constants(self, cache: NSACache) -> dict[str, Any]:
@@ -229,8 +229,8 @@ class FusedStep:
             "WINDOW": config.window_size, "PAGE": cache.page_size, "SCALE": width**-0.5, "WIDE": wide,
             "MEAN_ROLE": 0 if config.compression == "mean" else -1, "CHUNK": 16 if wide else 0,
             "BN": sizes.tile, "BJ": sizes.blocks_at_once, "NB": self.ranks.shape[1], "SHARES": sizes.choice_splits,
-            "SPLITS": compressed,
-            "DEPENDENT": sizes.dependent, "SCORED": bool(selected), "VALUED": self.branch != "selection", "GATED": self.branch is None,
+            "SPLITS": compressed, "DEPENDENT": sizes.dependent,
+            "SCORED": bool(selected), "VALUED": self.branch != "selection", "GATED": self.branch is None,
             "BEFORE": compressed, "SELECTED": selected, "RECENT": window, "PARTS": compressed + selected + window,
             "SECOND": compressed, "THIRD": compressed + selected,
             "GATE": config.num_heads * width + len(BRANCHES) * config.num_kv_heads * (width + config.value_width),

@@ -3,8 +3,8 @@
 Triton finds the compiled kernel of a call by looking at every argument, 10 to 15 us of host time for the 50 arguments
 of an attention kernel, and its launcher asks the driver about every tensor. Here a call is known by a key of its own,
 made from strides, dtypes and parameters; the first call under a key goes through Triton, later ones hand addresses to
-the launcher that Triton compiled. Triton's launch hooks (Proton's labels) see first calls only; kernels show up in every
-profiler. The interpreter always goes through Triton.
+the launcher that Triton compiled. Triton's launch hooks (Proton's labels) see first calls only; kernels show up in
+every profiler. The interpreter always goes through Triton.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ class Launcher:
     __slots__ = ("_device", "_fixed", "_launch", "_stream")
 
     def __init__(self, compiled: Any) -> None:
-        from triton.backends.nvidia.driver import _BASE_ARGS_FORMAT as known  # CUDA is what compiled for
+        from triton.backends.nvidia import driver as nvidia  # needs no driver to be there, but is for CUDA alone
 
         whole, active = compiled.run, driver.active
+        scratch = whole.global_scratch_size or whole.profile_scratch_size
         self._stream: Callable[[int], int] = active.get_current_stream
         self._device: int = active.get_current_device()
         self._launch, self._fixed = whole, (compiled.function, compiled.packed_metadata, None, None, None)
-        if known == KNOWN_LAUNCHER and not whole.global_scratch_size and not whole.profile_scratch_size:
+        if getattr(nvidia, "_BASE_ARGS_FORMAT", "") == KNOWN_LAUNCHER and not scratch:
             modes = (whole.launch_cooperative_grid, whole.launch_pdl, None, None)
             self._launch, self._fixed = whole.launch, (compiled.function, *modes, *self._fixed[1:])
 

@@ -84,7 +84,8 @@ def run(
     parameters["dependent"] = dependent
 
     def launch(q: Tensor, k: Tensor, v: Tensor, chosen: Selection, factor: float, logsum: Tensor | None) -> Tensor:
-        return decode.forward(q, k, v, chosen, factor, logsum, **parameters)
+        made: Tensor = decode.forward(q, k, v, chosen, factor, logsum, **parameters)
+        return made
 
     out: Tensor = gradient.attention(query, key, value, selection, scale, launch, backward)
     executed("selection", "triton_decode", parameters | backward)

@@ -1,0 +1,75 @@
+"""The end of the decode step's attention: merge the parts of each branch, gate and add them, count the new token."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .step import power
+from .step_append import await_launch
+
+
+@triton.jit
+def merged(PART, TOP, TOTAL, first, i, columns, raw, H: tl.constexpr, DV: tl.constexpr, COUNT: tl.constexpr,
+           GATED: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """Head i's attention (DVP,) from the COUNT parts from ``first`` on, times its gate; zeros where there is no key."""
+    out = tl.zeros([columns.shape[0]], tl.float32)
+    if COUNT > 0:
+        at = (first + tl.arange(0, COUNT)).to(tl.int64) * H + i
+        tops = tl.load(TOP + at)
+        weight = power(tops - tl.max(tops, 0), WIDE)
+        total = tl.sum(weight * tl.load(TOTAL + at), 0)
+        weight = (weight / tl.where(total > 0, total, 1.0)).to(tl.float32)
+        parts = tl.load(PART + at[:, None] * DV + columns[None, :], mask=(columns < DV)[None, :], other=0.0)
+        out = tl.sum(parts * weight[:, None], 0)
+        if GATED:
+            out = out / (1.0 + tl.exp(-raw))
+    return out
+
+
+@triton.jit
+def nsa_step_combine(
+    PROJECTED,
+    BIAS,
+    PART,
+    TOP,
+    TOTAL,
+    MIXED,
+    LENGTH,
+    width,
+    G: tl.constexpr,
+    H: tl.constexpr,
+    DV: tl.constexpr,
+    DVP: tl.constexpr,
+    GATE: tl.constexpr,
+    COMPRESSED: tl.constexpr,
+    SELECTED: tl.constexpr,
+    RECENT: tl.constexpr,
+    SECOND: tl.constexpr,
+    THIRD: tl.constexpr,
+    PARTS: tl.constexpr,
+    GATED: tl.constexpr,
+    WIDE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """Grid (B * G * H,): merge the parts of each branch that has any, gate, add; then the entry is one token longer.
+
+    A branch's parts begin at 0, SECOND and THIRD. Gates stand in PROJECTED from column GATE on, three per head; without
+    GATED they are 1.
+    """
+    await_launch(DEPENDENT)
+    pid = tl.program_id(0)
+    i, b = pid % H, pid // (G * H)
+    first = pid // H * PARTS
+    columns = tl.arange(0, DVP)
+    at = pid % (G * H) * 3
+    gates = PROJECTED + b.to(tl.int64) * width + GATE + at
+    raw0 = tl.load(gates).to(tl.float32) + tl.load(BIAS + at).to(tl.float32)
+    raw1 = tl.load(gates + 1).to(tl.float32) + tl.load(BIAS + at + 1).to(tl.float32)
+    raw2 = tl.load(gates + 2).to(tl.float32) + tl.load(BIAS + at + 2).to(tl.float32)
+    out = merged(PART, TOP, TOTAL, first, i, columns, raw0, H, DV, COMPRESSED, GATED, WIDE)
+    out += merged(PART, TOP, TOTAL, first + SECOND, i, columns, raw1, H, DV, SELECTED, GATED, WIDE)
+    out += merged(PART, TOP, TOTAL, first + THIRD, i, columns, raw2, H, DV, RECENT, GATED, WIDE)
+    tl.store(MIXED + pid.to(tl.int64) * DV + columns, out.to(MIXED.dtype.element_ty), mask=columns < DV)
+    if pid % (G * H) == 0:
+        tl.store(LENGTH + b, tl.load(LENGTH + b) + 1)
