@@ -37,7 +37,7 @@ class Layer(Protocol):
 
 class StepParameters(msgspec.Struct, frozen=True, kw_only=True):
     """Tunables of the step: programs per row of each branch (powers of two) and of the choice, keys per tile, warps and
-    stages."""
+    stages. Up to ``counted_blocks`` (a power of two, 0 = never) blocks are chosen by counting, more one by one."""
 
     compressed_splits: int
     selected_splits: int
@@ -46,6 +46,7 @@ class StepParameters(msgspec.Struct, frozen=True, kw_only=True):
     tile: int = 64
     choice_splits: int = 1
     blocks_at_once: int = 64
+    counted_blocks: int = 256
     compressed_warps: int = 4
     choose_warps: int = 4
     attend_warps: int = 4
@@ -229,6 +230,7 @@ class FusedStep:
             "WINDOW": config.window_size, "PAGE": cache.page_size, "SCALE": width**-0.5, "WIDE": wide,
             "MEAN_ROLE": 0 if config.compression == "mean" else -1, "CHUNK": 16 if wide else 0,
             "BN": sizes.tile, "BJ": sizes.blocks_at_once, "NB": self.ranks.shape[1], "SHARES": sizes.choice_splits,
+            "FEW": sizes.counted_blocks,
             "SPLITS": compressed, "DEPENDENT": sizes.dependent,
             "SCORED": bool(selected), "VALUED": self.branch != "selection", "GATED": self.branch is None,
             "BEFORE": compressed, "SELECTED": selected, "RECENT": window, "PARTS": compressed + selected + window,

@@ -22,8 +22,44 @@ FORCED = tl.constexpr(0x7FF0_0000_0000_0000 >> 20)
 
 
 @triton.jit
-def pick_blocks(RANK, PICK, own, TOPK: tl.constexpr, TP: tl.constexpr, NB: tl.constexpr):
-    """The TOPK blocks of highest rank among blocks 0 to ``own``, then -1."""
+def block_ranks(kept, block, own, count, top, share, heads, width, H: tl.constexpr, STRIDE: tl.constexpr,
+                BS: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """Ranks int64 of blocks: leading bits of the score above the index, all different."""
+    here = (heads < H)[:, None] & (block * (BS // STRIDE) < count)[None, :]
+    logsum = tl.load(kept + block[None, :], mask=here, other=-float("inf"))
+    before = (heads < H)[:, None] & ((block > 0) & ((block - 1) * (BS // STRIDE) < count))[None, :]
+    reaching = tl.load(kept + width + block[None, :] - 1, mask=before, other=-float("inf"))
+    weight = power(logsum - top[:, None], WIDE) + power(reaching - top[:, None], WIDE)
+    score = tl.sum(weight * share[:, None], 0)
+    bits = score.to(tl.float64).to(tl.int64, bitcast=True)
+    leading = (bits + ROUND) >> INDEX
+    leading = tl.where(block == own - 1, FORCED + 1, leading)
+    leading = tl.where(block == own, FORCED + 2, leading)
+    leading = tl.where(block == 0, FORCED + 3, leading)
+    return (leading << INDEX) + (block ^ LOW)
+
+
+@triton.jit
+def pick_by_count(rank, block, RANK, PICK, own, TOPK: tl.constexpr, TP: tl.constexpr):
+    """The TOPK blocks of highest rank among blocks 0 to ``own``, then -1: a block's slot is the number of those above.
+
+    Compared with one scalar after the other: no shuffles and one barrier.
+    """
+    tl.store(RANK + block, rank, mask=block <= own)
+    tl.debug_barrier()
+    slot = tl.zeros_like(block)
+    for first in range(0, own + 1, 16):
+        for i in tl.static_range(16):
+            other = tl.load(RANK + first + i, mask=first + i <= own, other=-1)
+            slot += (other > rank).to(tl.int32)
+    tl.store(PICK + slot, block, mask=(block <= own) & (slot < TOPK))
+    slots = tl.arange(0, TP)
+    tl.store(PICK + slots, tl.full([TP], -1, tl.int32), mask=(slots > own) & (slots < TOPK))
+
+
+@triton.jit
+def pick_by_maximum(RANK, PICK, own, TOPK: tl.constexpr, TP: tl.constexpr, NB: tl.constexpr):
+    """The TOPK blocks of highest rank among blocks 0 to ``own``, then -1: one maximum after the other."""
     block = tl.arange(0, NB)
     rank = tl.load(RANK + block, mask=block <= own, other=-1, cache_modifier=".cg")
     chosen = tl.minimum(own + 1, TOPK)
@@ -60,13 +96,14 @@ def nsa_step_choose(
     PARTS: tl.constexpr,
     BJ: tl.constexpr,
     NB: tl.constexpr,
+    FEW: tl.constexpr,
     SHARES: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """Grid (B * G * SHARES,): PICK (B * G, TOPK) gets the row's blocks, then -1, by the rules of ``nsa.scoring``.
 
-    Each program ranks a share of the row's blocks, and the last one to finish picks: COUNTER (B * G,) is 0 before and
-    after. RANK (B * G, NB) int64 is scratch: a block's leading score bits above its index, all different.
+    Up to FEW blocks, or none where it is 0, are ranked and picked by one program of the row. Of more each program ranks
+    a share, and the last one to finish picks: COUNTER (B * G,) is 0 before and after, RANK (B * G, NB) int64 scratch.
     """
     await_launch(DEPENDENT)
     row = tl.program_id(0) // SHARES
@@ -83,26 +120,22 @@ def nsa_step_choose(
     share = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
     kept = SCORE + (row.to(tl.int64) * H + heads)[:, None] * (2 * width)
     RANK += row.to(tl.int64) * NB
-    begin = tl.program_id(0) % SHARES * tl.cdiv(own + 1, SHARES)
-    end = tl.minimum(begin + tl.cdiv(own + 1, SHARES), own + 1)
-    for first in range(begin, end, BJ):
-        block = first + tl.arange(0, BJ)
-        here = (heads < H)[:, None] & (block * (BS // STRIDE) < count)[None, :]
-        logsum = tl.load(kept + block[None, :], mask=here, other=-float("inf"))
-        before = (heads < H)[:, None] & ((block > 0) & ((block - 1) * (BS // STRIDE) < count))[None, :]
-        reaching = tl.load(kept + width + block[None, :] - 1, mask=before, other=-float("inf"))
-        weight = power(logsum - top[:, None], WIDE) + power(reaching - top[:, None], WIDE)
-        score = tl.sum(weight * share[:, None], 0)
-        bits = score.to(tl.float64).to(tl.int64, bitcast=True)
-        leading = (bits + ROUND) >> INDEX
-        leading = tl.where(block == own - 1, FORCED + 1, leading)
-        leading = tl.where(block == own, FORCED + 2, leading)
-        leading = tl.where(block == 0, FORCED + 3, leading)
-        tl.store(RANK + block, (leading << INDEX) + (block ^ LOW), mask=block < end)
-    tl.debug_barrier()  # every thread's stores come before the one thread's release
-    if SHARES == 1:
-        pick_blocks(RANK, PICK + row * TOPK, own, TOPK, TP, NB)
+    if own < FEW:
+        if tl.program_id(0) % SHARES == 0:
+            block = tl.arange(0, max(FEW, 1))
+            rank = block_ranks(kept, block, own, count, top, share, heads, width, H, STRIDE, BS, WIDE)
+            pick_by_count(rank, block, RANK, PICK + row * TOPK, own, TOPK, TP)
     else:
-        if tl.atomic_add(COUNTER + row, 1, sem="acq_rel") == SHARES - 1:
-            pick_blocks(RANK, PICK + row * TOPK, own, TOPK, TP, NB)
-            tl.store(COUNTER + row, 0)
+        begin = tl.program_id(0) % SHARES * tl.cdiv(own + 1, SHARES)
+        end = tl.minimum(begin + tl.cdiv(own + 1, SHARES), own + 1)
+        for first in range(begin, end, BJ):
+            block = first + tl.arange(0, BJ)
+            rank = block_ranks(kept, block, own, count, top, share, heads, width, H, STRIDE, BS, WIDE)
+            tl.store(RANK + block, rank, mask=block < end)
+        tl.debug_barrier()  # every thread's stores come before the one thread's release
+        if SHARES == 1:
+            pick_by_maximum(RANK, PICK + row * TOPK, own, TOPK, TP, NB)
+        else:
+            if tl.atomic_add(COUNTER + row, 1, sem="acq_rel") == SHARES - 1:
+                pick_by_maximum(RANK, PICK + row * TOPK, own, TOPK, TP, NB)
+                tl.store(COUNTER + row, 0)
