@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -23,7 +23,7 @@ from .errors import ArgumentError, UnsupportedPathError
 from .opaque import opaque
 from .planning import Attempt, Overrides, Strict, call_problem, plan_call
 from .selection import Selection
-from .trace import ParameterValue, announce
+from .trace import ParameterValue, announce, recording
 from .workspace import Workspace
 
 
@@ -143,14 +143,21 @@ def _run(
     workspace: Workspace | None,
 ) -> Tensor:
     late: tuple[str, ...] = ()
+    told = recording()
     for attempt in plan:
         candidate = attempt.candidate
         status, reason = attempt.status, attempt.reason
         if late:
             status, reason = "default", "; ".join((*late, reason))
-        announce(status, reason)
+        if told:
+            announce(status, reason)
         try:
-            with as_given(kind):
+            if torch.is_autocast_enabled(kind):
+                with torch.autocast(kind, enabled=False):  # dtypes stay as the caller gave them
+                    out = attempt.function(
+                        query, key, value, selection, scale=scale, workspace=workspace, **candidate.parameters
+                    )
+            else:
                 out = attempt.function(
                     query, key, value, selection, scale=scale, workspace=workspace, **candidate.parameters
                 )
@@ -160,20 +167,14 @@ def _run(
             late = tuple(dict.fromkeys((*late, f"{candidate.path}: {error}")))
             continue
         finally:
-            announce("direct", "")  # a path that raised has not used up what was announced
+            if told:
+                announce("direct", "")  # a path that raised has not used up what was announced
         _calls[candidate.path, status] += 1
-        for step in (*attempt.steps, *late):
-            _count_step(step)
+        if attempt.steps or late:
+            for step in (*attempt.steps, *late):
+                _count_step(step)
         return out if out.dtype == value.dtype else out.to(value.dtype)  # the oracle computes in float64
     raise AssertionError("a plan has at least one attempt")
-
-
-AS_IT_IS = nullcontext()
-
-
-def as_given(kind: str) -> AbstractContextManager[Any]:
-    """A context in which autocast leaves a path's dtypes as the caller gave them."""
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else AS_IT_IS
 
 
 def _count_step(step: str) -> None:

@@ -80,14 +80,24 @@ def run(
 ) -> Tensor:
     """Selection attention for few rows. Shapes as in ``nsa.problem``."""
     decode, gradient = _kernels()
-    parameters = {"splits": splits, "combine": combine, "step": step, "warps": warps, "stages": stages, "loads": loads}
-    parameters["dependent"] = dependent
+    parameters = {
+        "splits": splits,
+        "combine": combine,
+        "step": step,
+        "warps": warps,
+        "stages": stages,
+        "loads": loads,
+        "dependent": dependent,
+    }
 
     def launch(q: Tensor, k: Tensor, v: Tensor, chosen: Selection, factor: float, logsum: Tensor | None) -> Tensor:
         made: Tensor = decode.forward(q, k, v, chosen, factor, logsum, **parameters)
         return made
 
-    out: Tensor = gradient.attention(query, key, value, selection, scale, launch, backward)
+    if torch.is_grad_enabled() or scale < 0:
+        out: Tensor = gradient.attention(query, key, value, selection, scale, launch, backward)
+    else:  # a decode step's usual case, and host time is most of what it takes
+        out = launch(query, key, value, selection, scale, None)
     executed("selection", "triton_decode", parameters | backward)
     return out
 
