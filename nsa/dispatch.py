@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -21,6 +21,8 @@ from torch import Tensor
 from .dispatch_table import MAX_REMEMBERED, DispatchTable, load_dispatch_table
 from .errors import ArgumentError, UnsupportedPathError
 from .opaque import opaque
+from .paths import PATHS
+from .paths.base import Bound
 from .planning import Attempt, Overrides, Strict, call_problem, plan_call
 from .selection import Selection
 from .trace import ParameterValue, announce, recording
@@ -40,7 +42,7 @@ class DispatchStats(msgspec.Struct, frozen=True, kw_only=True):
 
 _table: ContextVar[DispatchTable | None] = ContextVar("dispatch_table", default=None)
 _default_tables: dict[str, DispatchTable] = {}
-_forced_plans: dict[Any, tuple[Attempt, ...]] = {}
+_forced_plans: dict[Any, _Kind] = {}
 _calls: Counter[tuple[str, str]] = Counter()
 _steps: Counter[str] = Counter()
 
@@ -102,34 +104,72 @@ def selection_attention(
 
     Inside ``torch.compile`` it is one graph break: nothing of dispatch is traced, the path runs eagerly.
     """
-    device, key_shape, value_shape = query.device, key.shape, value.shape
+    device = query.device
     kind = device.type
     capturing = kind == "cuda" and torch.cuda.is_current_stream_capturing()
     grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     length = selection.context_length
-    if not isinstance(length, Tensor):
-        if len(key_shape) == len(value_shape) == 4 and length < key_shape[2]:
-            key, value = key[:, :, :length], value[:, :, :length]
-            key_shape, value_shape = key.shape, value.shape
-    elif length.device.type == "cpu" and bool((length > key_shape[-2]).any()):
-        raise ArgumentError(f"context_length {length.tolist()} exceeds the {key_shape[-2]} keys that were passed")
+    if isinstance(length, Tensor) and length.device.type == "cpu" and bool((length > key.shape[-2]).any()):
+        raise ArgumentError(f"context_length {length.tolist()} exceeds the {key.shape[-2]} keys that were passed")
     chosen_table = None if path != "auto" else table or active_dispatch_table(kind)
-    plans: dict[Any, tuple[Attempt, ...]] = _forced_plans if chosen_table is None else chosen_table.plans  # type: ignore[attr-defined]
+    kinds: dict[Any, _Kind] = _forced_plans if chosen_table is None else chosen_table.plans  # type: ignore[attr-defined]
     call = (
-        *(query.shape, key_shape, value_shape, selection.signature, prefer, avoid),
+        *(query.shape, key.shape, value.shape, selection.signature, selection.layout, prefer, avoid, scale),
+        *(query.stride(), key.stride(), value.stride(), (query.data_ptr() | key.data_ptr() | value.data_ptr()) & 15),
         *(query.dtype, key.dtype, value.dtype, device, key.device, value.device),
         *(grad, capturing, strict, -1 if isinstance(length, Tensor) else length),
         *(path, tuple(parameters.items()) if parameters else None, repr(overrides) if overrides else None),
     )
-    plan = plans.get(call)
-    if plan is None:
+    known = kinds.get(call)
+    if known is not None and known.bound is not None and not torch.is_autocast_enabled(kind):
+        return _run_bound(known, query, key, value, selection)
+    whole = key, value
+    if not isinstance(length, Tensor) and key.dim() == value.dim() == 4 and length < key.shape[2]:
+        key, value = key[:, :, :length], value[:, :, :length]
+    if known is None:
         problem = call_problem(query, key, value, selection, grad=grad, capturing=capturing)
         plan = plan_call(problem, device, path, parameters, strict, chosen_table, overrides or {}, prefer, avoid)
-        if len(plans) >= MAX_REMEMBERED:
-            plans.clear()
-        plans[call] = plan
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return _run(plan, kind, query, key, value, selection, scale, workspace)
+        if len(kinds) >= MAX_REMEMBERED:
+            kinds.clear()
+        known = kinds[call] = _Kind(plan)
+    out, ran = _run(known.plan, kind, query, key, value, selection, scale, workspace)
+    if ran is known.plan[0] and not grad:
+        if known.ran:  # a kind of call that comes once is not worth binding
+            known.bound = _bound(ran, query, *whole, selection, scale)
+        known.ran = True
+    return out
+
+
+class _Kind:
+    """What is remembered of a kind of call: its plan, whether the first attempt has served one, that attempt bound."""
+
+    __slots__ = ("bound", "plan", "ran")
+
+    def __init__(self, plan: tuple[Attempt, ...]) -> None:
+        self.plan = plan
+        self.ran = False
+        self.bound: Bound | None = None
+
+
+def _bound(
+    attempt: Attempt, query: Tensor, key: Tensor, value: Tensor, selection: Selection, scale: float
+) -> Bound | None:
+    bind = PATHS[attempt.candidate.path].bind()
+    return bind(query, key, value, selection, scale, **attempt.candidate.parameters) if bind else None
+
+
+def _run_bound(known: _Kind, query: Tensor, key: Tensor, value: Tensor, selection: Selection) -> Tensor:
+    attempt = known.plan[0]
+    if told := recording():
+        announce(attempt.status, attempt.reason)
+    try:
+        out = known.bound(query, key, value, selection)  # type: ignore[misc]
+    finally:
+        if told:
+            announce("direct", "")
+    _count(attempt, attempt.status, ())
+    return out
 
 
 def _run(
@@ -141,23 +181,17 @@ def _run(
     selection: Selection,
     scale: float,
     workspace: Workspace | None,
-) -> Tensor:
+) -> tuple[Tensor, Attempt]:
+    """The output and the attempt that made it."""
     late: tuple[str, ...] = ()
-    told = recording()
     for attempt in plan:
         candidate = attempt.candidate
         status, reason = attempt.status, attempt.reason
         if late:
             status, reason = "default", "; ".join((*late, reason))
-        if told:
-            announce(status, reason)
+        announce(status, reason)
         try:
-            if torch.is_autocast_enabled(kind):
-                with torch.autocast(kind, enabled=False):  # dtypes stay as the caller gave them
-                    out = attempt.function(
-                        query, key, value, selection, scale=scale, workspace=workspace, **candidate.parameters
-                    )
-            else:
+            with as_given(kind):
                 out = attempt.function(
                     query, key, value, selection, scale=scale, workspace=workspace, **candidate.parameters
                 )
@@ -167,17 +201,25 @@ def _run(
             late = tuple(dict.fromkeys((*late, f"{candidate.path}: {error}")))
             continue
         finally:
-            if told:
-                announce("direct", "")  # a path that raised has not used up what was announced
-        _calls[candidate.path, status] += 1
-        if attempt.steps or late:
-            for step in (*attempt.steps, *late):
-                _count_step(step)
-        return out if out.dtype == value.dtype else out.to(value.dtype)  # the oracle computes in float64
+            announce("direct", "")  # a path that raised has not used up what was announced
+        _count(attempt, status, late)
+        return (out if out.dtype == value.dtype else out.to(value.dtype)), attempt  # the oracle computes in float64
     raise AssertionError("a plan has at least one attempt")
+
+
+def as_given(kind: str) -> AbstractContextManager[Any]:
+    """A context in which autocast leaves a path's dtypes as the caller gave them."""
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def _count(attempt: Attempt, status: str, late: tuple[str, ...]) -> None:
+    _calls[attempt.candidate.path, status] += 1
+    if attempt.steps or late:
+        for step in (*attempt.steps, *late):
+            _count_step(step)
 
 
 def _count_step(step: str) -> None:
     _steps[step] += 1
     if _steps[step] == 1:
-        warnings.warn(f"nsa dispatch went down its chain: {step}", DispatchWarning, stacklevel=4)
+        warnings.warn(f"nsa dispatch went down its chain: {step}", DispatchWarning, stacklevel=6)

@@ -214,63 +214,76 @@ def nsa_decode_combine(PART, OUT, LSE, H: tl.constexpr, DV: tl.constexpr, DVP: t
         tl.store(LSE + row * H + head, tl.where(some, top + tl.math.log2(divisor), float("inf")))
 
 
-def forward(
+class Call:
+    """One kind of call, ready: what follows from layouts and parameters is worked out once."""
+
+    __slots__ = ("combine", "elements", "forward", "heads", "inside", "keys", "loads", "rows", "shape", "splits")
+
+    def __init__(
+        self, query: Tensor, key: Tensor, value: Tensor, selection: Selection, parameters: dict[str, ParameterValue]
+    ) -> None:
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            unit_last(tensor, name)
+        batch, queries, groups, heads, width = query.shape
+        self.rows, self.splits, self.heads = batch * queries * groups, int(parameters["splits"]), heads
+        self.keys, self.loads = min(int(parameters["step"]), selection.block_size), parameters["loads"]
+        self.inside = self.splits > 1 and parameters["combine"] == "inside"
+        self.shape = (*query.shape[:4], value.shape[3]) if value.shape[3] != width else None
+        self.elements = self.rows * self.splits * heads * (value.shape[3] + 2) if self.splits > 1 else 0
+        early = bool(parameters["dependent"])
+        constants = shape_constants(query, value, selection)
+        constants |= {"DESCRIPTOR": self.loads == "descriptor", "SPLITS": self.splits, "INSIDE": self.inside}
+        constants |= {"STEP": self.keys, "DEPENDENT": early}
+        options = {"num_warps": int(parameters["warps"]), "num_stages": int(parameters["stages"]), "launch_pdl": early}
+        strides = (*query.stride()[:4], *key.stride()[:3], *value.stride()[:3], *selection.blocks.stride())
+        trailing = (queries, groups, *selection_arguments(selection)[2:], *strides)
+        self.forward = Plan(nsa_decode_forward, constants, options, trailing)
+        wanted = {name: constants[name] for name in ("H", "DV", "DVP", "SPLITS", "DEPENDENT")}
+        self.combine = Plan(nsa_decode_combine, wanted, {"num_warps": 2, "launch_pdl": early})
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, selection: Selection, scale: float, logsum: Tensor | None
+    ) -> Tensor:
+        """Output (B, S, G, h, Dv); fills ``logsum`` (B, S, G, h) float32 if given, always or never for one Call."""
+        if self.shape is None:  # a third of the host time that spelling it out takes
+            out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        else:
+            out = torch.empty(self.shape, dtype=value.dtype, device=value.device)
+        part = counter = None
+        if self.inside:
+            part, counter = scratch(self.rows, self.elements, out)
+        elif self.elements:
+            part = torch.empty(self.elements, dtype=torch.float32, device=out.device)
+        sources = (key, key, value)
+        if self.loads == "descriptor":
+            sources = key_sources(key, value, selection, self.forward.constants, "descriptor", self.keys)
+        self.forward(
+            self.rows * self.splits,
+            query, *sources, selection.indices, selection.context_length, selection.query_positions, out, logsum,
+            part, counter, key.shape[2], scale * LOG2E,
+        )  # fmt: skip
+        if self.elements and not self.inside:
+            self.combine(self.rows * self.heads, part, out, logsum)
+        return out
+
+
+def call_for(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     selection: Selection,
-    scale: float,
-    logsum: Tensor | None,
-    *,
-    splits: ParameterValue,
-    combine: ParameterValue,
-    step: ParameterValue,
-    warps: ParameterValue,
-    stages: ParameterValue,
-    loads: ParameterValue,
-    dependent: ParameterValue,
-) -> Tensor:
-    """Output (B, S, G, h, Dv); fills ``logsum`` (B, S, G, h) float32 if given. Shapes as in ``nsa.problem``."""
-    batch, queries, groups, heads, _ = query.shape
-    rows, split, width = batch * queries * groups, int(splits), value.shape[3]
-    inside = split > 1 and combine == "inside"
-    keys = min(int(step), selection.block_size)
-    chosen = (split, combine, keys, warps, stages, loads, dependent)
-    name = call_key(query, key, value, selection, "decode", logsum is None, *chosen)
+    logsum: bool,
+    parameters: dict[str, ParameterValue],
+) -> Call:
+    """The Call that serves these arguments, with or without ``logsum``. Shapes as in ``nsa.problem``."""
+    name = call_key(query, key, value, selection, "decode", logsum, *parameters.values())
     known = plans(name)
     if not known:
-        unit_last(query, "query")
-        constants = shape_constants(query, value, selection)
-        constants |= {"DESCRIPTOR": loads == "descriptor", "SPLITS": split, "INSIDE": inside}
-        constants |= {"STEP": keys, "DEPENDENT": bool(dependent)}
-        options = {"num_warps": int(warps), "num_stages": int(stages), "launch_pdl": bool(dependent)}
-        unit_last(key, "key")
-        unit_last(value, "value")
-        strides = (*query.stride()[:4], *key.stride()[:3], *value.stride()[:3], *selection.blocks.stride())
-        trailing = (queries, groups, *selection_arguments(selection)[2:], *strides)
-        known["forward"] = Plan(nsa_decode_forward, constants, options, trailing)
-        wanted = {name: constants[name] for name in ("H", "DV", "DVP", "SPLITS", "DEPENDENT")}
-        known["combine"] = Plan(nsa_decode_combine, wanted, {"num_warps": 2, "launch_pdl": bool(dependent)})
-    plan = known["forward"]
-    if query.shape[4] == width:  # half the host time of spelling it out
-        out = torch.empty_like(query, dtype=value.dtype, memory_format=torch.contiguous_format)
-    else:
-        out = torch.empty((batch, queries, groups, heads, width), dtype=value.dtype, device=value.device)
-    part, counter = scratch(rows, rows * split * heads * (width + 2), out) if split > 1 else NOTHING
-    sources = (key, key, value)
-    if loads == "descriptor":
-        sources = key_sources(key, value, selection, plan.constants, "descriptor", keys)
-    plan(
-        rows * split,
-        query, *sources, selection.blocks, selection.context_length, selection.query_positions, out, logsum,
-        part, counter, key.shape[2], scale * LOG2E,
-    )  # fmt: skip
-    if split > 1 and not inside:
-        known["combine"](rows * heads, part, out, logsum)
-    return out
+        known["call"] = Call(query, key, value, selection, parameters)
+    found: Call = known["call"]
+    return found
 
 
-NOTHING: tuple[Tensor | None, Tensor | None] = None, None
 KEPT_BYTES = 2**24
 """Partial rows that a stream keeps between calls; larger ones are allocated by each call."""
 POOL = 65536
@@ -279,28 +292,24 @@ _eager: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 _pools: dict[int, list[Tensor]] = {}
 
 
-def scratch(rows: int, elements: int, like: Tensor) -> tuple[Tensor, Tensor | None]:
+def scratch(rows: int, elements: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """(``elements`` of float32, for partial rows and behind them their maxima and totals; ``rows`` int32 counters that
-    are zero when the stream gets there and that nobody else uses, None for 0), on the device of ``like``.
+    are zero when the stream gets there and that nobody else uses), on the device of ``like``, for one launch.
 
-    Eager calls share buffers per stream, which keep their size: each call leaves zeros in the counters. A captured call
-    has partial rows of its own and takes the next piece of a pool of counters, zeroed outside any capture, for good;
-    without pool or room it records a memset of its own.
+    Eager calls share buffers per stream: each launch leaves zeros in the counters. A captured call has partial rows of
+    its own and takes the next piece of a pool of counters, zeroed outside any capture, for good; without pool or room
+    it records a memset of its own.
     """
     device = like.device
     if not like.is_cuda or torch.cuda.is_current_stream_capturing():
-        part = torch.empty(elements, dtype=torch.float32, device=device)
-        return part, _captured_counters(rows, device) if rows else None
+        return torch.empty(elements, dtype=torch.float32, device=device), _captured_counters(rows, device)
     key = (device.index, torch._C._cuda_getCurrentRawStream(device.index))
     held = _eager.get(key)
     if held is None or held[0].numel() < elements or held[1].numel() < rows:
         if device.index not in _pools:
             _pools[device.index] = [torch.zeros(POOL, dtype=torch.int32, device=device)]
-        counters = held[1] if held else torch.zeros(1024, dtype=torch.int32, device=device)
-        if counters.numel() < rows:
-            counters = torch.zeros(rows, dtype=torch.int32, device=device)
         part = torch.empty(elements, dtype=torch.float32, device=device)
-        held = part, counters
+        held = part, torch.zeros(max(rows, 1024), dtype=torch.int32, device=device)
         if part.nbytes <= KEPT_BYTES:
             _eager[key] = held
     return held

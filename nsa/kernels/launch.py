@@ -80,10 +80,10 @@ class Plan:
             self._launcher = Launcher(compiled)
 
 
-_plans: dict[tuple[Any, ...], dict[str, Plan]] = {}
+_plans: dict[tuple[Any, ...], dict[str, Any]] = {}
 
 
-def plans(key: tuple[Any, ...]) -> dict[str, Plan]:
+def plans(key: tuple[Any, ...]) -> dict[str, Any]:
     """The plans of a key, by a name for each launch; empty when the key is new, and the caller's to fill."""
     found = _plans.get(key)
     if found is None:
@@ -95,13 +95,8 @@ def plans(key: tuple[Any, ...]) -> dict[str, Plan]:
 
 def selection_key(selection: Selection) -> tuple[Any, ...]:
     """Of a selection, all that decides which compiled kernel reads it."""
-    blocks, length, positions = selection.indices, selection.context_length, selection.query_positions
-    return (
-        blocks.get_device(), blocks.dtype, blocks.shape[3], blocks.stride(), blocks.data_ptr() & 15,
-        selection.block_size,
-        (length.dtype, length.data_ptr() & 15) if isinstance(length, Tensor) else length > 2**31 - 1,
-        (positions.dtype, positions.stride(), positions.data_ptr() & 15) if positions is not None else None,
-    )  # fmt: skip
+    blocks = selection.indices
+    return blocks.get_device(), blocks.shape[3], selection.block_size, *selection.layout
 
 
 def call_key(query: Tensor, key: Tensor, value: Tensor, selection: Selection, *rest: Any) -> tuple[Any, ...]:

@@ -133,6 +133,7 @@ PATHS: dict[str, SelectionPath] = {
     "triton_decode": SelectionPath(
         name="triton_decode",
         target=".triton_decode:run",
+        bound=".triton_decode:bind",
         summary="split-K in Triton, combined by the last program of a row",
         modes=("decode", "prefill", "train"),
         deterministic=True,

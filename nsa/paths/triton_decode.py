@@ -14,7 +14,7 @@ from ..problem import SelectionProblem
 from ..selection import Selection
 from ..trace import ParameterValue, executed
 from ..workspace import Workspace
-from .base import Evidence, Parameter, Parameters
+from .base import Bound, Evidence, Parameter, Parameters
 
 COMBINE = r"^nsa_decode_combine$"
 
@@ -61,6 +61,18 @@ def evidence(
     return Evidence(required=required | ({COMBINE: 1} if combined and device.type == "cuda" else {}), forbidden=absent)
 
 
+USUAL: dict[str, ParameterValue] = {
+    "splits": 8,
+    "combine": "inside",
+    "step": 128,  # what table entries from before there was a choice were measured with: a whole block
+    "warps": 4,
+    "stages": 2,
+    "loads": "pointer",
+    "dependent": False,
+}
+"""Of the forward; what a call leaves out."""
+
+
 def run(
     query: Tensor,
     key: Tensor,
@@ -69,37 +81,37 @@ def run(
     *,
     scale: float,
     workspace: Workspace | None = None,
-    splits: ParameterValue = 8,
-    combine: ParameterValue = "inside",
-    step: ParameterValue = 128,
-    warps: ParameterValue = 4,
-    stages: ParameterValue = 2,
-    loads: ParameterValue = "pointer",
-    dependent: ParameterValue = False,
-    **backward: ParameterValue,
+    **parameters: ParameterValue,
 ) -> Tensor:
     """Selection attention for few rows. Shapes as in ``nsa.problem``."""
     decode, gradient = _kernels()
-    parameters = {
-        "splits": splits,
-        "combine": combine,
-        "step": step,
-        "warps": warps,
-        "stages": stages,
-        "loads": loads,
-        "dependent": dependent,
-    }
+    chosen = {name: parameters.pop(name, default) for name, default in USUAL.items()}
 
-    def launch(q: Tensor, k: Tensor, v: Tensor, chosen: Selection, factor: float, logsum: Tensor | None) -> Tensor:
-        made: Tensor = decode.forward(q, k, v, chosen, factor, logsum, **parameters)
+    def launch(q: Tensor, k: Tensor, v: Tensor, blocks: Selection, factor: float, logsum: Tensor | None) -> Tensor:
+        made: Tensor = decode.call_for(q, k, v, blocks, logsum is not None, chosen)(q, k, v, blocks, factor, logsum)
         return made
 
-    if torch.is_grad_enabled() or scale < 0:
-        out: Tensor = gradient.attention(query, key, value, selection, scale, launch, backward)
-    else:  # a decode step's usual case, and host time is most of what it takes
-        out = launch(query, key, value, selection, scale, None)
-    executed("selection", "triton_decode", parameters | backward)
+    out: Tensor = gradient.attention(query, key, value, selection, scale, launch, parameters)
+    executed("selection", "triton_decode", chosen | parameters)
     return out
+
+
+def bind(
+    query: Tensor, key: Tensor, value: Tensor, selection: Selection, scale: float, **parameters: ParameterValue
+) -> Bound | None:
+    """``run`` for calls alike; None for a negative scale, where it turns the query first."""
+    if scale < 0:
+        return None
+    chosen = {name: parameters.get(name, default) for name, default in USUAL.items()}
+    filled = chosen | parameters
+    call = _kernels()[0].call_for(query, key, value, selection, False, chosen)
+
+    def again(query: Tensor, key: Tensor, value: Tensor, selection: Selection) -> Tensor:
+        out: Tensor = call(query, key, value, selection, scale, None)
+        executed("selection", "triton_decode", filled)
+        return out
+
+    return again
 
 
 @cache
