@@ -222,7 +222,8 @@ class FusedStep:
         config, sizes, (compressed, selected, window) = self.layer.config, self.parameters, self.parts
         heads, width, wide = config.heads_per_group, config.head_dim, self.scores.dtype == torch.float64
         return {
-            "G": config.num_kv_heads, "H": heads, "HP": support.padded(heads), "M": support.padded(heads, 16),
+            "G": config.num_kv_heads, "H": heads, "HP": support.padded(heads),
+            "M": support.padded(heads, 1 if wide else 16),  # float32 has no use for a tensor core's rows
             "DK": width, "DKP": support.padded(width, 16), "HALF": support.padded(width // 2),
             "DV": config.value_width, "DVP": support.padded(config.value_width, 16),
             "L": config.kernel_size, "LP": support.padded(config.kernel_size), "STRIDE": config.kernel_stride,

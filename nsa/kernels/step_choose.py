@@ -22,13 +22,28 @@ FORCED = tl.constexpr(0x7FF0_0000_0000_0000 >> 20)
 
 
 @triton.jit
-def block_ranks(kept, block, own, count, top, share, heads, width, H: tl.constexpr, STRIDE: tl.constexpr,
-                BS: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """Ranks int64 of blocks: leading bits of the score above the index, all different."""
+def block_sums(kept, block, count, heads, width, H: tl.constexpr, STRIDE: tl.constexpr, BS: tl.constexpr):
+    """Logarithms (HP, blocks) of what a block's own tokens, and those that reach into it, add to its score."""
     here = (heads < H)[:, None] & (block * (BS // STRIDE) < count)[None, :]
-    logsum = tl.load(kept + block[None, :], mask=here, other=-float("inf"))
+    own = tl.load(kept + block[None, :], mask=here, other=-float("inf"))
     before = (heads < H)[:, None] & ((block > 0) & ((block - 1) * (BS // STRIDE) < count))[None, :]
-    reaching = tl.load(kept + width + block[None, :] - 1, mask=before, other=-float("inf"))
+    return own, tl.load(kept + width + block[None, :] - 1, mask=before, other=-float("inf"))
+
+
+@triton.jit
+def row_sum(TOP, TOTAL, row, heads, H: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr, WIDE: tl.constexpr):
+    """Each head's maximum, and one over its total relative to that, of all compressed tokens."""
+    part = (row.to(tl.int64) * PARTS + tl.arange(0, SPLITS))[None, :] * H + heads[:, None]
+    tops = tl.load(TOP + part, mask=(heads < H)[:, None], other=LOWEST)
+    totals = tl.load(TOTAL + part, mask=(heads < H)[:, None], other=0.0)
+    top = tl.max(tops, 1)
+    total = tl.sum(totals * power(tops - top[:, None], WIDE), 1)
+    return top, tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
+
+
+@triton.jit
+def ranks_of(block, logsum, reaching, top, share, own, WIDE: tl.constexpr):
+    """Ranks int64 of blocks: leading bits of the score above the index, all different."""
     weight = power(logsum - top[:, None], WIDE) + power(reaching - top[:, None], WIDE)
     score = tl.sum(weight * share[:, None], 0)
     bits = score.to(tl.float64).to(tl.int64, bitcast=True)
@@ -112,25 +127,23 @@ def nsa_step_choose(
     count = compressed_tokens(position + 1, L, STRIDE)
     own = position // BS
     heads = tl.arange(0, HP)
-    part = (row.to(tl.int64) * PARTS + tl.arange(0, SPLITS))[None, :] * H + heads[:, None]
-    tops = tl.load(TOP + part, mask=(heads < H)[:, None], other=LOWEST)
-    top = tl.max(tops, 1)
-    totals = tl.load(TOTAL + part, mask=(heads < H)[:, None], other=0.0)
-    total = tl.sum(totals * power(tops - top[:, None], WIDE), 1)
-    share = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
     kept = SCORE + (row.to(tl.int64) * H + heads)[:, None] * (2 * width)
     RANK += row.to(tl.int64) * NB
     if own < FEW:
         if tl.program_id(0) % SHARES == 0:
             block = tl.arange(0, max(FEW, 1))
-            rank = block_ranks(kept, block, own, count, top, share, heads, width, H, STRIDE, BS, WIDE)
+            logsum, reaching = block_sums(kept, block, count, heads, width, H, STRIDE, BS)
+            top, share = row_sum(TOP, TOTAL, row, heads, H, SPLITS, PARTS, WIDE)
+            rank = ranks_of(block, logsum, reaching, top, share, own, WIDE)
             pick_by_count(rank, block, RANK, PICK + row * TOPK, own, TOPK, TP)
     else:
+        top, share = row_sum(TOP, TOTAL, row, heads, H, SPLITS, PARTS, WIDE)
         begin = tl.program_id(0) % SHARES * tl.cdiv(own + 1, SHARES)
         end = tl.minimum(begin + tl.cdiv(own + 1, SHARES), own + 1)
         for first in range(begin, end, BJ):
             block = first + tl.arange(0, BJ)
-            rank = block_ranks(kept, block, own, count, top, share, heads, width, H, STRIDE, BS, WIDE)
+            logsum, reaching = block_sums(kept, block, count, heads, width, H, STRIDE, BS)
+            rank = ranks_of(block, logsum, reaching, top, share, own, WIDE)
             tl.store(RANK + block, rank, mask=block < end)
         tl.debug_barrier()  # every thread's stores come before the one thread's release
         if SHARES == 1:
