@@ -214,6 +214,9 @@ def nsa_decode_combine(PART, OUT, LSE, H: tl.constexpr, DV: tl.constexpr, DVP: t
         tl.store(LSE + row * H + head, tl.where(some, top + tl.math.log2(divisor), float("inf")))
 
 
+COMBINE_WARPS = 2
+
+
 class Call:
     """One kind of call, ready: what follows from layouts and parameters is worked out once."""
 
@@ -239,7 +242,7 @@ class Call:
         trailing = (queries, groups, *selection_arguments(selection)[2:], *strides)
         self.forward = Plan(nsa_decode_forward, constants, options, trailing)
         wanted = {name: constants[name] for name in ("H", "DV", "DVP", "SPLITS", "DEPENDENT")}
-        self.combine = Plan(nsa_decode_combine, wanted, {"num_warps": 2, "launch_pdl": early})
+        self.combine = Plan(nsa_decode_combine, wanted, {"num_warps": COMBINE_WARPS, "launch_pdl": early})
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, selection: Selection, scale: float, logsum: Tensor | None

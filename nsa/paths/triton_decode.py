@@ -21,22 +21,35 @@ COMBINE = r"^nsa_decode_combine$"
 
 def tunables(problem: SelectionProblem, device: torch.device) -> tuple[Parameter, ...]:
     """``splits``: programs per row; ``combine``: ``inside`` by the last program of a row, ``launch`` by a second
-    kernel; ``warps`` and ``stages``; ``loads`` of keys and values; in mode train the backward's.
+    kernel; ``step``: keys at a time; ``warps`` and ``stages``; ``loads`` of keys and values; ``dependent``: launches
+    that are prepared while the kernel before them ends; in mode train the backward's.
 
-    Default: about two programs per multiprocessor of a large GPU.
+    Default: up to 8 splits that make about one program per multiprocessor of a large GPU. A second launch is quicker
+    on the device and slower on the host, which a graph spares.
     """
     ladder = tuple(size for size in (1, 2, 4, 8, 16, 32) if size <= support.padded(problem.topk))
-    fitting = [size for size in ladder if size * problem.rows <= 256]
+    fitting = [size for size in ladder if size * problem.rows <= 128 and size <= 8]
+    graph = problem.execution == "graph" and len(fitting) > 1
+    early = device.type == "cuda" and dependent_reason(device) is None
     return (
         Parameter("splits", ladder, fitting[-1] if fitting else 1),
-        Parameter("combine", ("inside", "launch"), "inside"),
+        Parameter("combine", ("inside", "launch"), "launch" if graph else "inside"),
         Parameter("step", tuple(size for size in (16, 32, 64, 128) if size <= problem.block_size), problem.block_size),
         Parameter("warps", (1, 2, 4, 8), 4),
-        Parameter("stages", (2, 3, 4), 2),
+        Parameter("stages", (2, 3, 4), 3 if 3 * support.block_bytes(problem) <= support.SHARED_BYTES else 2),
         Parameter(**support.loads_ladder("triton_decode", problem, device)),
-        Parameter("dependent", (False, True) if device.type == "cuda" else (False,), False),
+        Parameter("dependent", (False, True) if early else (False,), graph and early),
         *(Parameter(**ladder) for ladder in support.backward_ladders(problem)),
     )
+
+
+def dependent_reason(device: torch.device) -> str | None:
+    """Why launches cannot be dependent; None if they can, as far as is known without the device."""
+    if device.type != "cuda":
+        return "dependent launches need a CUDA device"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (9, 0):
+        return "dependent launches need compute capability 9.0"
+    return None
 
 
 def unsupported(problem: SelectionProblem, device: torch.device, parameters: Parameters) -> str | None:
@@ -45,7 +58,10 @@ def unsupported(problem: SelectionProblem, device: torch.device, parameters: Par
         return reason
     if reason := support.loads_reason("triton_decode", str(parameters.get("loads", "pointer")), problem, device):
         return reason
-    needed = int(parameters.get("stages", 2)) * support.block_bytes(problem)
+    if parameters.get("dependent") and (reason := dependent_reason(device)):
+        return f"triton_decode: {reason}"
+    step = min(int(parameters.get("step", 128)), problem.block_size)
+    needed = int(parameters.get("stages", 2)) * support.block_bytes(problem) * step // problem.block_size
     return support.shared_reason("triton_decode", needed) or support.backward_reason(
         "triton_decode", problem, parameters
     )
