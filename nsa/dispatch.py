@@ -104,29 +104,30 @@ def selection_attention(
 
     Inside ``torch.compile`` it is one graph break: nothing of dispatch is traced, the path runs eagerly.
     """
-    device = query.device
+    shape, device = query.shape, query.device
     kind = device.type
     capturing = kind == "cuda" and torch.cuda.is_current_stream_capturing()
     grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = shape[-1] ** -0.5 if scale is None else scale
     length = selection.context_length
+    fixed = -1 if isinstance(length, Tensor) else length
     if isinstance(length, Tensor) and length.device.type == "cpu" and bool((length > key.shape[-2]).any()):
         raise ArgumentError(f"context_length {length.tolist()} exceeds the {key.shape[-2]} keys that were passed")
     chosen_table = None if path != "auto" else table or active_dispatch_table(kind)
     kinds: dict[Any, _Kind] = _forced_plans if chosen_table is None else chosen_table.plans  # type: ignore[attr-defined]
     call = (
-        *(query.shape, key.shape, value.shape, selection.signature, selection.layout, prefer, avoid, scale),
-        *(query.stride(), key.stride(), value.stride(), (query.data_ptr() | key.data_ptr() | value.data_ptr()) & 15),
-        *(query.dtype, key.dtype, value.dtype, device, key.device, value.device),
-        *(grad, capturing, strict, -1 if isinstance(length, Tensor) else length),
-        *(path, tuple(parameters.items()) if parameters else None, repr(overrides) if overrides else None),
-    )
+        shape, key.shape, value.shape, query.stride(), key.stride(), value.stride(),
+        (query.data_ptr() | key.data_ptr() | value.data_ptr()) & 15,
+        query.dtype, key.dtype, value.dtype, device, key.device, value.device,
+        selection.signature, selection.layout, fixed, scale, grad, capturing, strict, prefer, avoid,
+        path, tuple(parameters.items()) if parameters else None, repr(overrides) if overrides else None,
+    )  # fmt: skip
     known = kinds.get(call)
     if known is not None and known.bound is not None and not torch.is_autocast_enabled(kind):
         return _run_bound(known, query, key, value, selection)
     whole = key, value
-    if not isinstance(length, Tensor) and key.dim() == value.dim() == 4 and length < key.shape[2]:
-        key, value = key[:, :, :length], value[:, :, :length]
+    if key.dim() == value.dim() == 4 and 0 <= fixed < key.shape[2]:
+        key, value = key[:, :, :fixed], value[:, :, :fixed]
     if known is None:
         problem = call_problem(query, key, value, selection, grad=grad, capturing=capturing)
         plan = plan_call(problem, device, path, parameters, strict, chosen_table, overrides or {}, prefer, avoid)
