@@ -23,7 +23,7 @@ from .errors import ArgumentError, UnsupportedPathError
 from .opaque import opaque
 from .paths import PATHS
 from .paths.base import Bound
-from .planning import Attempt, Overrides, Strict, call_problem, plan_call
+from .planning import Attempt, Attempts, Overrides, Strict, call_problem, plan_call
 from .selection import Selection
 from .trace import ParameterValue, announce, recording
 from .workspace import Workspace
@@ -135,7 +135,7 @@ def selection_attention(
             kinds.clear()
         known = kinds[call] = _Kind(plan)
     out, ran = _run(known.plan, kind, query, key, value, selection, scale, workspace)
-    if ran is known.plan[0] and not grad:
+    if ran is known.plan.first and not grad:
         if known.ran:  # a kind of call that comes once is not worth binding
             known.bound = _bound(ran, query, *whole, selection, scale)
         known.ran = True
@@ -147,7 +147,7 @@ class _Kind:
 
     __slots__ = ("bound", "plan", "ran")
 
-    def __init__(self, plan: tuple[Attempt, ...]) -> None:
+    def __init__(self, plan: Attempts) -> None:
         self.plan = plan
         self.ran = False
         self.bound: Bound | None = None
@@ -161,7 +161,7 @@ def _bound(
 
 
 def _run_bound(known: _Kind, query: Tensor, key: Tensor, value: Tensor, selection: Selection) -> Tensor:
-    attempt = known.plan[0]
+    attempt = known.plan.first
     if told := recording():
         announce(attempt.status, attempt.reason)
     try:
@@ -174,7 +174,7 @@ def _run_bound(known: _Kind, query: Tensor, key: Tensor, value: Tensor, selectio
 
 
 def _run(
-    plan: tuple[Attempt, ...],
+    plan: Attempts,
     kind: str,
     query: Tensor,
     key: Tensor,
@@ -183,8 +183,9 @@ def _run(
     scale: float,
     workspace: Workspace | None,
 ) -> tuple[Tensor, Attempt]:
-    """The output and the attempt that made it."""
+    """The output and the attempt that made it. Raises the last one's UnsupportedPathError where all do."""
     late: tuple[str, ...] = ()
+    failed = UnsupportedPathError("a plan has at least one attempt")
     for attempt in plan:
         candidate = attempt.candidate
         status, reason = attempt.status, attempt.reason
@@ -197,15 +198,14 @@ def _run(
                     query, key, value, selection, scale=scale, workspace=workspace, **candidate.parameters
                 )
         except UnsupportedPathError as error:
-            if attempt is plan[-1]:
-                raise
+            failed = error
             late = tuple(dict.fromkeys((*late, f"{candidate.path}: {error}")))
             continue
         finally:
             announce("direct", "")  # a path that raised has not used up what was announced
         _count(attempt, status, late)
         return (out if out.dtype == value.dtype else out.to(value.dtype)), attempt  # the oracle computes in float64
-    raise AssertionError("a plan has at least one attempt")
+    raise failed
 
 
 def as_given(kind: str) -> AbstractContextManager[Any]:
