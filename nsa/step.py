@@ -53,7 +53,6 @@ class StepParameters(msgspec.Struct, frozen=True, kw_only=True):
     combine_warps: int = 2
     compressed_stages: int = 2
     attend_stages: int = 3
-    dependent: bool = False
 
 
 def default_parameters(config: NSAConfig, rows: int, capacity: int, dtype: torch.dtype) -> StepParameters:
@@ -86,7 +85,7 @@ class Launch:
     def __init__(self, kernel: Any, grid: tuple[int, int], arguments: tuple[Any, ...], constants: dict[str, Any],
                  **options: int) -> None:  # fmt: skip
         self.kernel, self.grid, self.held, self.arguments = kernel, grid, arguments, arguments
-        self.options = options | {"launch_pdl": constants["DEPENDENT"]}
+        self.options = options
         self.constants = {name: constants[name] for name in kernel.arg_names[len(arguments) :]}
         self.launcher: Any = None
 
@@ -232,7 +231,7 @@ class FusedStep:
             "MEAN_ROLE": 0 if config.compression == "mean" else -1, "CHUNK": 16 if wide else 0,
             "BN": sizes.tile, "BJ": sizes.blocks_at_once, "NB": self.ranks.shape[1], "SHARES": sizes.choice_splits,
             "FEW": sizes.counted_blocks,
-            "SPLITS": compressed, "DEPENDENT": sizes.dependent,
+            "SPLITS": compressed,
             "SCORED": bool(selected), "VALUED": self.branch != "selection", "GATED": self.branch is None,
             "BEFORE": compressed, "SELECTED": selected, "RECENT": window, "PARTS": compressed + selected + window,
             "SECOND": compressed, "THIRD": compressed + selected,

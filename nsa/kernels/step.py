@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .layout import LOWEST
-from .step_append import SIZES, await_launch, context, storage_rows
+from .step_append import SIZES, context, storage_rows
 
 
 @triton.jit
@@ -128,7 +128,6 @@ def nsa_step_compressed(
     BS: tl.constexpr,
     SCORED: tl.constexpr,
     VALUED: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """Grid (B * G * SPLITS,): a contiguous share of the compressed tokens.
 
@@ -137,7 +136,6 @@ def nsa_step_compressed(
     (paper eq. 9 and 10, kernel_size up to block_size + kernel_stride). Without SCORED it is not written, without VALUED
     no value is read.
     """
-    await_launch(DEPENDENT)
     RATIO: tl.constexpr = BS // STRIDE
     pid = tl.program_id(0)
     row, split = pid // SPLITS, pid % SPLITS
@@ -208,13 +206,11 @@ def nsa_step_attend(
     SELECTED: tl.constexpr,
     RECENT: tl.constexpr,
     PARTS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """Grid (B * G * (SELECTED + RECENT),): selected blocks by SELECTED programs of a row, its window by RECENT.
 
     Parts are written behind the BEFORE parts of the compressed tokens.
     """
-    await_launch(DEPENDENT)
     SLOTS: tl.constexpr = (TOPK + SELECTED - 1) // SELECTED if SELECTED > 0 else 0
     TILES: tl.constexpr = (BS + BN - 1) // BN
     PIECE: tl.constexpr = (WINDOW + RECENT - 1) // RECENT if RECENT > 0 else 0

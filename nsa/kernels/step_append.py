@@ -7,18 +7,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 SIZES = ["slots", "room", "croom", "pages", "capacity"]
 """Arguments that kernels do not specialise on."""
-
-
-@triton.jit
-def await_launch(DEPENDENT: tl.constexpr):
-    """In a launch that may begin before the one before it ends: let the next one do so, and wait for that end."""
-    if DEPENDENT:
-        gdc_launch_dependents()
-        gdc_wait()
 
 
 @triton.jit
@@ -94,14 +85,12 @@ def nsa_step_append(
     STRIDE: tl.constexpr,
     PAGE: tl.constexpr,
     MEAN_ROLE: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """Grid (B * G, 4): role 0 to 2 appends a branch's key and value, role 3 turns the queries.
 
     PROJECTED (B, width): queries, keys by branch, values by branch. MEAN_ROLE (0, or -1: nobody) also writes the mean
     of a kernel that this token completes. Nothing is written at or beyond ``capacity``.
     """
-    await_launch(DEPENDENT)
     row = tl.program_id(0)
     role = tl.program_id(1)
     b, g = row // G, row % G
@@ -144,10 +133,8 @@ def nsa_step_append(
 
 @triton.jit(do_not_specialize=SIZES)
 def nsa_step_recent(SOURCE, RECENT, LENGTH, TABLE, slots, room, pages, capacity, G: tl.constexpr, D: tl.constexpr,
-                    DP: tl.constexpr, L: tl.constexpr, LP: tl.constexpr, PAGE: tl.constexpr,
-                    DEPENDENT: tl.constexpr):  # fmt: skip
+                    DP: tl.constexpr, L: tl.constexpr, LP: tl.constexpr, PAGE: tl.constexpr):  # fmt: skip
     """Grid (B * G,): the last L tokens of branch 0, the new one included, to RECENT (B * G, L, D); zeros before 0."""
-    await_launch(DEPENDENT)
     row = tl.program_id(0)
     b, g = row // G, row % G
     slot = tl.arange(0, LP)
@@ -163,10 +150,8 @@ def nsa_step_recent(SOURCE, RECENT, LENGTH, TABLE, slots, room, pages, capacity,
 
 @triton.jit(do_not_specialize=SIZES)
 def nsa_step_keep(FRESH, TARGET, LENGTH, TABLE, slots, croom, pages, capacity, G: tl.constexpr, D: tl.constexpr,
-                  DP: tl.constexpr, L: tl.constexpr, STRIDE: tl.constexpr, PAGE: tl.constexpr,
-                  DEPENDENT: tl.constexpr):  # fmt: skip
+                  DP: tl.constexpr, L: tl.constexpr, STRIDE: tl.constexpr, PAGE: tl.constexpr):  # fmt: skip
     """Grid (B * G,): FRESH (B * G, D) is the compressed token of a kernel that the new token completes, if any."""
-    await_launch(DEPENDENT)
     row = tl.program_id(0)
     b, g = row // G, row % G
     columns = tl.arange(0, DP)

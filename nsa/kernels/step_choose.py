@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .layout import LOWEST
 from .step import compressed_tokens, power
-from .step_append import SIZES, await_launch, context
+from .step_append import SIZES, context
 
 INDEX = tl.constexpr(20)
 """``nsa.scoring.INDEX_BITS``."""
@@ -63,8 +63,8 @@ def pick_by_count(rank, block, RANK, PICK, own, TOPK: tl.constexpr, TP: tl.const
     tl.store(RANK + block, rank, mask=block <= own)
     tl.debug_barrier()
     slot = tl.zeros_like(block)
-    for first in range(0, own + 1, 16):
-        for i in tl.static_range(16):
+    for first in range(0, own + 1, 32):
+        for i in tl.static_range(32):
             other = tl.load(RANK + first + i, mask=first + i <= own, other=-1)
             slot += (other > rank).to(tl.int32)
     tl.store(PICK + slot, block, mask=(block <= own) & (slot < TOPK))
@@ -113,14 +113,12 @@ def nsa_step_choose(
     NB: tl.constexpr,
     FEW: tl.constexpr,
     SHARES: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """Grid (B * G * SHARES,): PICK (B * G, TOPK) gets the row's blocks, then -1, by the rules of ``nsa.scoring``.
 
     Up to FEW blocks, or none where it is 0, are ranked and picked by one program of the row. Of more each program ranks
     a share, and the last one to finish picks: COUNTER (B * G,) is 0 before and after, RANK (B * G, NB) int64 scratch.
     """
-    await_launch(DEPENDENT)
     row = tl.program_id(0) // SHARES
     b = row // G
     position = context(LENGTH, b, capacity) - 1

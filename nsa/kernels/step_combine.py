@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 
 from .step import power
-from .step_append import await_launch
 
 
 @triton.jit
@@ -60,14 +59,12 @@ def nsa_step_combine(
     PARTS: tl.constexpr,
     GATED: tl.constexpr,
     WIDE: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """Grid (B * G * H,): merge the parts of each branch that has any, gate, add; then the entry is one token longer.
 
     A branch's parts begin at 0, SECOND and THIRD. Gates stand in PROJECTED from column GATE on, three per head; without
     GATED they are 1.
     """
-    await_launch(DEPENDENT)
     pid = tl.program_id(0)
     i, b = pid % H, pid // (G * H)
     first = pid // H * PARTS
