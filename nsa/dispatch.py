@@ -125,7 +125,6 @@ def selection_attention(
     known = kinds.get(call)
     if known is not None and known.bound is not None and not torch.is_autocast_enabled(kind):
         return _run_bound(known, query, key, value, selection)
-    whole = key, value
     if key.dim() == value.dim() == 4 and 0 <= fixed < key.shape[2]:
         key, value = key[:, :, :fixed], value[:, :, :fixed]
     if known is None:
@@ -135,21 +134,21 @@ def selection_attention(
             kinds.clear()
         known = kinds[call] = _Kind(plan)
     out, ran = _run(known.plan, kind, query, key, value, selection, scale, workspace)
-    if ran is known.plan.first and not grad:
-        if known.ran:  # a kind of call that comes once is not worth binding
-            known.bound = _bound(ran, query, *whole, selection, scale)
-        known.ran = True
+    if known.served < 2 and ran is known.plan.first and not grad and not capturing:
+        known.served += 1
+        if known.served == 2:  # a kind of call that comes once is not worth binding
+            known.bound = _bound(ran, query, key, value, selection, scale)
     return out
 
 
 class _Kind:
-    """What is remembered of a kind of call: its plan, whether the first attempt has served one, that attempt bound."""
+    """What is remembered of a kind of call: its plan, how often (0 to 2) the first attempt served, that one bound."""
 
-    __slots__ = ("bound", "plan", "ran")
+    __slots__ = ("bound", "plan", "served")
 
     def __init__(self, plan: Attempts) -> None:
         self.plan = plan
-        self.ran = False
+        self.served = 0
         self.bound: Bound | None = None
 
 
@@ -157,7 +156,8 @@ def _bound(
     attempt: Attempt, query: Tensor, key: Tensor, value: Tensor, selection: Selection, scale: float
 ) -> Bound | None:
     bind = PATHS[attempt.candidate.path].bind()
-    return bind(query, key, value, selection, scale, **attempt.candidate.parameters) if bind else None
+    parameters = attempt.candidate.parameters
+    return bind(attempt.function, query, key, value, selection, scale, parameters) if bind else None
 
 
 def _run_bound(known: _Kind, query: Tensor, key: Tensor, value: Tensor, selection: Selection) -> Tensor:

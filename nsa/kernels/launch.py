@@ -10,6 +10,7 @@ every profiler. The interpreter always goes through Triton.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor
@@ -49,6 +50,10 @@ class Launcher:
         self._launch(wide, high, 1, self._stream(self._device), *self._fixed, *arguments)
 
 
+noted: ContextVar[list[tuple[Plan, int, tuple[Any, ...]]] | None] = ContextVar("noted", default=None)
+"""Where launches are noted down, if they are."""
+
+
 class Plan:
     """A kernel with what is the same at every call under one key: the last of its arguments, ``trailing``, and behind
     them its compile-time ones; and its launch options."""
@@ -65,6 +70,8 @@ class Plan:
 
     def __call__(self, grid: int, *arguments: Any) -> None:
         """Launch ``grid`` programs. Under one key the arguments must be alike in all that Triton specialises on."""
+        if (notes := noted.get()) is not None:
+            notes.append((self, grid, arguments))
         if self._launcher is not None:
             given = [*arguments, *self._tail]
             for place in self._tensors:

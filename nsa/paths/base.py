@@ -104,14 +104,15 @@ class PathBind(Protocol):
 
     def __call__(
         self,
+        function: PathRun,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         selection: Selection,
         scale: float,
-        **parameters: ParameterValue,
+        parameters: dict[str, ParameterValue],
     ) -> Bound | None:
-        """For calls like one that ``run`` has just served; None where they cannot be bound."""
+        """For calls like one that ``function``, the path's run, has just served; None where they cannot be bound."""
 
 
 class SelectionPath(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,7 +14,7 @@ from ..problem import SelectionProblem
 from ..selection import Selection
 from ..trace import ParameterValue, executed
 from ..workspace import Workspace
-from .base import Bound, Evidence, Parameter, Parameters
+from .base import Bound, Evidence, Parameter, Parameters, PathRun
 
 COMBINE = r"^nsa_decode_combine$"
 
@@ -113,7 +113,13 @@ def run(
 
 
 def bind(
-    query: Tensor, key: Tensor, value: Tensor, selection: Selection, scale: float, **parameters: ParameterValue
+    function: PathRun,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selection: Selection,
+    scale: float,
+    parameters: dict[str, ParameterValue],
 ) -> Bound | None:
     """``run`` for calls alike; None for a negative scale, where it turns the query first."""
     if scale < 0:
