@@ -21,9 +21,11 @@ from torch import Tensor
 from .dispatch_table import MAX_REMEMBERED, DispatchTable, load_dispatch_table
 from .errors import ArgumentError, UnsupportedPathError
 from .opaque import opaque
-from .planning import Attempt, Overrides, Strict, call_problem, plan_call
+from .paths import PATHS
+from .paths.base import Bound
+from .planning import Attempt, Attempts, Overrides, Strict, call_problem, plan_call
 from .selection import Selection
-from .trace import ParameterValue, announce
+from .trace import ParameterValue, announce, recording
 from .workspace import Workspace
 
 
@@ -40,7 +42,7 @@ class DispatchStats(msgspec.Struct, frozen=True, kw_only=True):
 
 _table: ContextVar[DispatchTable | None] = ContextVar("dispatch_table", default=None)
 _default_tables: dict[str, DispatchTable] = {}
-_forced_plans: dict[Any, tuple[Attempt, ...]] = {}
+_forced_plans: dict[Any, _Kind] = {}
 _calls: Counter[tuple[str, str]] = Counter()
 _steps: Counter[str] = Counter()
 
@@ -102,43 +104,88 @@ def selection_attention(
 
     Inside ``torch.compile`` it is one graph break: nothing of dispatch is traced, the path runs eagerly.
     """
-    forced = path != "auto"
-    capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
+    shape, device = query.shape, query.device
+    kind = device.type
+    capturing = kind == "cuda" and torch.cuda.is_current_stream_capturing()
     grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    scale = shape[-1] ** -0.5 if scale is None else scale
     length = selection.context_length
-    if isinstance(length, int) and key.dim() == value.dim() == 4 and length < key.shape[2]:
-        key, value = key[:, :, :length], value[:, :, :length]
+    fixed = -1 if isinstance(length, Tensor) else length
     if isinstance(length, Tensor) and length.device.type == "cpu" and bool((length > key.shape[-2]).any()):
         raise ArgumentError(f"context_length {length.tolist()} exceeds the {key.shape[-2]} keys that were passed")
-    chosen_table = None if forced else table or active_dispatch_table(query.device.type)
-    plans: dict[Any, tuple[Attempt, ...]] = _forced_plans if chosen_table is None else chosen_table.plans  # type: ignore[attr-defined]
+    chosen_table = None if path != "auto" else table or active_dispatch_table(kind)
+    kinds: dict[Any, _Kind] = _forced_plans if chosen_table is None else chosen_table.plans  # type: ignore[attr-defined]
     call = (
-        *(query.shape, key.shape, value.shape, selection.signature, prefer, avoid),
-        *(query.dtype, key.dtype, value.dtype, query.device, key.device, value.device),
-        *(grad, capturing, strict, length if isinstance(length, int) else -1),
-        *(path, tuple(parameters.items()) if parameters else None, repr(overrides) if overrides else None),
-    )
-    plan = plans.get(call)
-    if plan is None:
+        shape, key.shape, value.shape, query.stride(), key.stride(), value.stride(),
+        (query.data_ptr() | key.data_ptr() | value.data_ptr()) & 15,
+        query.dtype, key.dtype, value.dtype, device, key.device, value.device,
+        selection.signature, selection.layout, fixed, scale, grad, capturing, strict, prefer, avoid,
+        path, tuple(parameters.items()) if parameters else None, repr(overrides) if overrides else None,
+    )  # fmt: skip
+    known = kinds.get(call)
+    if known is not None and known.bound is not None and not torch.is_autocast_enabled(kind):
+        return _run_bound(known, query, key, value, selection)
+    if key.dim() == value.dim() == 4 and 0 <= fixed < key.shape[2]:
+        key, value = key[:, :, :fixed], value[:, :, :fixed]
+    if known is None:
         problem = call_problem(query, key, value, selection, grad=grad, capturing=capturing)
-        plan = plan_call(problem, query.device, path, parameters, strict, chosen_table, overrides or {}, prefer, avoid)
-        if len(plans) >= MAX_REMEMBERED:
-            plans.clear()
-        plans[call] = plan
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return _run(plan, query, key, value, selection, scale, workspace)
+        plan = plan_call(problem, device, path, parameters, strict, chosen_table, overrides or {}, prefer, avoid)
+        if len(kinds) >= MAX_REMEMBERED:
+            kinds.clear()
+        known = kinds[call] = _Kind(plan)
+    out, ran = _run(known.plan, kind, query, key, value, selection, scale, workspace)
+    if known.served < 2 and ran is known.plan.first and not grad and not capturing:
+        known.served += 1
+        if known.served == 2:  # a kind of call that comes once is not worth binding
+            known.bound = _bound(ran, query, key, value, selection, scale)
+    return out
+
+
+class _Kind:
+    """What is remembered of a kind of call: its plan, how often (0 to 2) the first attempt served, that one bound."""
+
+    __slots__ = ("bound", "plan", "served")
+
+    def __init__(self, plan: Attempts) -> None:
+        self.plan = plan
+        self.served = 0
+        self.bound: Bound | None = None
+
+
+def _bound(
+    attempt: Attempt, query: Tensor, key: Tensor, value: Tensor, selection: Selection, scale: float
+) -> Bound | None:
+    bind = PATHS[attempt.candidate.path].bind()
+    parameters = attempt.candidate.parameters
+    return bind(attempt.function, query, key, value, selection, scale, parameters) if bind else None
+
+
+def _run_bound(known: _Kind, query: Tensor, key: Tensor, value: Tensor, selection: Selection) -> Tensor:
+    attempt = known.plan.first
+    if told := recording():
+        announce(attempt.status, attempt.reason)
+    try:
+        out = known.bound(query, key, value, selection)  # type: ignore[misc]
+    finally:
+        if told:
+            announce("direct", "")
+    _count(attempt, attempt.status, ())
+    return out
 
 
 def _run(
-    plan: tuple[Attempt, ...],
+    plan: Attempts,
+    kind: str,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     selection: Selection,
     scale: float,
     workspace: Workspace | None,
-) -> Tensor:
+) -> tuple[Tensor, Attempt]:
+    """The output and the attempt that made it. Raises the last one's UnsupportedPathError where all do."""
     late: tuple[str, ...] = ()
+    failed = UnsupportedPathError("a plan has at least one attempt")
     for attempt in plan:
         candidate = attempt.candidate
         status, reason = attempt.status, attempt.reason
@@ -146,22 +193,19 @@ def _run(
             status, reason = "default", "; ".join((*late, reason))
         announce(status, reason)
         try:
-            with as_given(query.device.type):
+            with as_given(kind):
                 out = attempt.function(
                     query, key, value, selection, scale=scale, workspace=workspace, **candidate.parameters
                 )
         except UnsupportedPathError as error:
-            if attempt is plan[-1]:
-                raise
+            failed = error
             late = tuple(dict.fromkeys((*late, f"{candidate.path}: {error}")))
             continue
         finally:
             announce("direct", "")  # a path that raised has not used up what was announced
-        _calls[candidate.path, status] += 1
-        for step in (*attempt.steps, *late):
-            _count_step(step)
-        return out if out.dtype == value.dtype else out.to(value.dtype)  # the oracle computes in float64
-    raise AssertionError("a plan has at least one attempt")
+        _count(attempt, status, late)
+        return (out if out.dtype == value.dtype else out.to(value.dtype)), attempt  # the oracle computes in float64
+    raise failed
 
 
 def as_given(kind: str) -> AbstractContextManager[Any]:
@@ -169,7 +213,14 @@ def as_given(kind: str) -> AbstractContextManager[Any]:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
+def _count(attempt: Attempt, status: str, late: tuple[str, ...]) -> None:
+    _calls[attempt.candidate.path, status] += 1
+    if attempt.steps or late:
+        for step in (*attempt.steps, *late):
+            _count_step(step)
+
+
 def _count_step(step: str) -> None:
     _steps[step] += 1
     if _steps[step] == 1:
-        warnings.warn(f"nsa dispatch went down its chain: {step}", DispatchWarning, stacklevel=4)
+        warnings.warn(f"nsa dispatch went down its chain: {step}", DispatchWarning, stacklevel=6)

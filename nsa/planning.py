@@ -6,7 +6,8 @@ chain; what cannot run on the call is left out and becomes a step. ``nsa.dispatc
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from typing import Any, Literal
 
 import msgspec
@@ -46,6 +47,23 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True):
     steps: tuple[str, ...]
 
 
+class Attempts:
+    """Attempts in order. All but the ``first`` are worked out when the first has failed, which is rare."""
+
+    __slots__ = ("_make", "_rest", "first")
+
+    def __init__(self, make: Callable[[], Iterator[Attempt]]) -> None:
+        self._make = make
+        self._rest: tuple[Attempt, ...] | None = None
+        self.first = next(make())
+
+    def __iter__(self) -> Iterator[Attempt]:
+        yield self.first
+        if self._rest is None:
+            self._rest = tuple(self._make())[1:]
+        yield from self._rest
+
+
 def plan_call(
     problem: SelectionProblem,
     device: torch.device,
@@ -56,9 +74,10 @@ def plan_call(
     overrides: Overrides,
     prefer: str,
     avoid: str,
-) -> tuple[Attempt, ...]:
+) -> Attempts:
     if table is None:
-        return (_forced(problem, device, path, parameters),)
+        forced = _forced(problem, device, path, parameters)
+        return Attempts(lambda: iter((forced,)))
     if parameters:
         raise ArgumentError("parameters belong to a named path; got path='auto', whose parameters the table chooses")
     here = device_identity(device.type)
@@ -66,7 +85,7 @@ def plan_call(
         raise DispatchTableError(f"the dispatch table is for {table.device.slug}, the call is on {here.slug}")
     wanted, steps = _preferred(problem, device, prefer) if prefer else (None, ())
     if wanted:
-        return (wanted,)
+        return Attempts(lambda: iter((wanted,)))
     choice = table.lookup(problem)
     if avoid:
         choice = _without(problem, device, choice, avoid)
@@ -76,7 +95,7 @@ def plan_call(
             f"strict dispatch: the choice {choice.path} is {choice.status!r} ({choice.reason}); expected one of "
             f"{sorted(accepted)}; measure this problem with 'nsa-tune sweep'"
         )
-    return _chain(problem, device, choice, bool(strict), overrides, steps)
+    return Attempts(lambda: _chain(problem, device, choice, bool(strict), overrides, steps))
 
 
 def _preferred(problem: SelectionProblem, device: torch.device, path: str) -> tuple[Attempt | None, tuple[str, ...]]:
@@ -124,12 +143,13 @@ def _chain(
     strict: bool,
     overrides: Overrides,
     steps: tuple[str, ...],
-) -> tuple[Attempt, ...]:
+) -> Iterator[Attempt]:
+    """Raises UnsupportedPathError where there is none."""
     first = Candidate(path=choice.path, parameters=choice.parameters)
-    chain = CHAINS[problem.operation]
-    rest = (Candidate(path=name, parameters=PATHS[name].defaults(problem, device)) for name in chain)
-    attempts: list[Attempt] = []
-    for wanted in (first,) if strict else (first, *choice.tied, *rest):
+    names = () if strict else CHAINS[problem.operation]
+    rest = (Candidate(path=name, parameters=PATHS[name].defaults(problem, device)) for name in names)
+    none = True
+    for wanted in chain((first,), () if strict else choice.tied, rest):
         known = PATHS[wanted.path]
         parameters = {**wanted.parameters, **overrides.get(wanted.path, {})}
         candidate = Candidate(path=wanted.path, parameters=parameters)
@@ -139,10 +159,10 @@ def _chain(
             continue
         status, why = ("default", "; ".join(steps)) if wanted is not first else (choice.status, choice.reason)
         why = "; ".join((*steps, why)) if wanted is first else why
-        attempts.append(Attempt(candidate=candidate, function=known.function(), status=status, reason=why, steps=steps))
-    if not attempts:
+        none = False
+        yield Attempt(candidate=candidate, function=known.function(), status=status, reason=why, steps=steps)
+    if none:
         raise UnsupportedPathError("; ".join(steps))
-    return tuple(attempts)
 
 
 def call_problem(

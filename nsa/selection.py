@@ -207,6 +207,16 @@ class Selection:
         return self.indices.shape, self.block_size, self.overlap_hint, self.complete, self.indices.device
 
     @property
+    def layout(self) -> tuple[Any, ...]:
+        """All that decides how kernels read its tensors: dtypes, strides and alignment."""
+        indices, length, positions = self.indices, self.context_length, self.query_positions
+        return (
+            *(indices.dtype, indices.stride(), indices.data_ptr() & 15),
+            (length.dtype, length.data_ptr() & 15) if isinstance(length, Tensor) else length > 2**31 - 1,
+            None if positions is None else (positions.dtype, positions.stride(), positions.data_ptr() & 15),
+        )
+
+    @property
     def problem_fields(self) -> dict[str, Any]:
         """What a dispatch problem takes from a selection."""
         indices = {"block_size": self.block_size, "topk": self.indices.shape[3], "form": self.form}
@@ -371,6 +381,11 @@ class StructuredSelection(Selection):
     def signature(self) -> tuple[Any, ...]:
         """All that dispatch distinguishes selections by."""
         return self._structure
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """Nothing: tensors are derived."""
+        return ()
 
     @property
     def problem_fields(self) -> dict[str, Any]:

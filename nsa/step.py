@@ -37,7 +37,7 @@ class Layer(Protocol):
 
 class StepParameters(msgspec.Struct, frozen=True, kw_only=True):
     """Tunables of the step: programs per row of each branch (powers of two) and of the choice, keys per tile, warps and
-    stages."""
+    stages. Up to ``counted_blocks`` (a power of two, 0 = never) blocks are chosen by counting, more one by one."""
 
     compressed_splits: int
     selected_splits: int
@@ -46,6 +46,7 @@ class StepParameters(msgspec.Struct, frozen=True, kw_only=True):
     tile: int = 64
     choice_splits: int = 1
     blocks_at_once: int = 64
+    counted_blocks: int = 256
     compressed_warps: int = 4
     choose_warps: int = 4
     attend_warps: int = 4
@@ -76,27 +77,29 @@ def default_parameters(config: NSAConfig, rows: int, capacity: int, dtype: torch
 class Launch:
     """One kernel with all its arguments. The first call goes through Triton, later ones launch what it returned.
 
-    Those pass addresses, not tensors, which spares the launcher a driver call per tensor; ``held`` keeps them alive.
+    Those pass addresses, not tensors; ``held`` keeps them alive.
     """
 
-    __slots__ = ("arguments", "constants", "grid", "held", "kernel", "options", "runner")
+    __slots__ = ("arguments", "constants", "grid", "held", "kernel", "launcher", "options")
 
     def __init__(self, kernel: Any, grid: tuple[int, int], arguments: tuple[Any, ...], constants: dict[str, Any],
                  **options: int) -> None:  # fmt: skip
-        self.kernel, self.grid, self.held, self.options = kernel, (*grid, 1), arguments, options
-        self.arguments = arguments
+        self.kernel, self.grid, self.held, self.arguments = kernel, grid, arguments, arguments
+        self.options = options
         self.constants = {name: constants[name] for name in kernel.arg_names[len(arguments) :]}
-        self.runner: Any = None
+        self.launcher: Any = None
 
     def __call__(self) -> None:
-        if self.runner is not None:
-            self.runner(*self.arguments)
+        if self.launcher is not None:
+            self.launcher(*self.grid, self.arguments)
             return
-        compiled = self.kernel[self.grid](*self.arguments, **self.constants, **self.options)
+        compiled = self.kernel[(*self.grid, 1)](*self.arguments, **self.constants, **self.options)
         if compiled is not None:  # the interpreter compiles nothing
+            from .kernels.launch import Launcher
+
             addresses = (item.data_ptr() if isinstance(item, Tensor) else item for item in self.held)
             self.arguments = (*addresses, *self.constants.values())
-            self.runner = compiled[self.grid]
+            self.launcher = Launcher(compiled)
 
 
 class FusedStep:
@@ -166,7 +169,7 @@ class FusedStep:
 
     def _launches(self, cache: NSACache) -> tuple[list[Launch], list[Launch]]:
         """The kernels up to a learnt compression of what the new token completes, and those behind it."""
-        from .kernels import step, step_append  # Triton, loaded when first run
+        from .kernels import step, step_append, step_choose, step_combine  # Triton, loaded when first run
 
         sizes, constants = self.parameters, self._constants(cache)
         batch, groups = cache.batch, cache.groups
@@ -198,7 +201,7 @@ class FusedStep:
                 num_warps=sizes.compressed_warps, num_stages=sizes.compressed_stages))  # fmt: skip
         if selected:
             after.append(Launch(
-                step.nsa_step_choose, (rows * sizes.choice_splits, 1),
+                step_choose.nsa_step_choose, (rows * sizes.choice_splits, 1),
                 (self.scores, self.top, self.total, lengths, self.ranks, self.picks, self.counter, self.capacity,
                  self.scores.shape[3]), constants, num_warps=sizes.choose_warps))  # fmt: skip
         if selected or window:
@@ -207,7 +210,7 @@ class FusedStep:
                 (self.query, *storage[:2], lengths, table, self.picks, *stat, slots, room, pages, self.capacity),
                 constants, num_warps=sizes.attend_warps, num_stages=sizes.attend_stages))  # fmt: skip
         after.append(Launch(
-            step.nsa_step_combine, (rows * self.layer.config.heads_per_group, 1),
+            step_combine.nsa_step_combine, (rows * self.layer.config.heads_per_group, 1),
             (self.projected, self.layer.gate_bias, *stat, self.mixed, lengths, width),
             constants | {"COMPRESSED": compressed if self.branch != "selection" else 0},
             num_warps=sizes.combine_warps))  # fmt: skip
@@ -218,7 +221,8 @@ class FusedStep:
         config, sizes, (compressed, selected, window) = self.layer.config, self.parameters, self.parts
         heads, width, wide = config.heads_per_group, config.head_dim, self.scores.dtype == torch.float64
         return {
-            "G": config.num_kv_heads, "H": heads, "HP": support.padded(heads), "M": support.padded(heads, 16),
+            "G": config.num_kv_heads, "H": heads, "HP": support.padded(heads),
+            "M": support.padded(heads, 1 if wide else 16),  # float32 has no use for a tensor core's rows
             "DK": width, "DKP": support.padded(width, 16), "HALF": support.padded(width // 2),
             "DV": config.value_width, "DVP": support.padded(config.value_width, 16),
             "L": config.kernel_size, "LP": support.padded(config.kernel_size), "STRIDE": config.kernel_stride,
@@ -226,6 +230,7 @@ class FusedStep:
             "WINDOW": config.window_size, "PAGE": cache.page_size, "SCALE": width**-0.5, "WIDE": wide,
             "MEAN_ROLE": 0 if config.compression == "mean" else -1, "CHUNK": 16 if wide else 0,
             "BN": sizes.tile, "BJ": sizes.blocks_at_once, "NB": self.ranks.shape[1], "SHARES": sizes.choice_splits,
+            "FEW": sizes.counted_blocks,
             "SPLITS": compressed,
             "SCORED": bool(selected), "VALUED": self.branch != "selection", "GATED": self.branch is None,
             "BEFORE": compressed, "SELECTED": selected, "RECENT": window, "PARTS": compressed + selected + window,

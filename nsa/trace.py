@@ -56,9 +56,14 @@ def record_paths() -> Iterator[PathRecorder]:
         _recorders.reset(token)
 
 
+def recording() -> bool:
+    """Whether anybody records."""
+    return bool(_recorders.get())
+
+
 def announce(status: str, reason: str) -> None:
     """Called by dispatch before it runs a path: the status and reason that the next execution carries."""
-    if _recorders.get():
+    if recording():
         _why.set((status, reason))
 
 

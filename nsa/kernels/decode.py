@@ -10,20 +10,20 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..selection import Selection
 from ..trace import ParameterValue
 from .launch import Plan, call_key, plans
 from .layout import (
     LOG2E,
-    NONE,
-    attend,
+    LOWEST,
     context_length,
     finish,
-    first_entries,
     key_count,
     key_sources,
     load_query,
+    load_rows,
     row_limit,
     selection_arguments,
     shape_constants,
@@ -71,10 +71,10 @@ def nsa_decode_forward(
     LSE,
     PART,
     COUNTER,
-    S,
     T,
-    G,
     scale2,
+    S,
+    G,
     spb,
     sps,
     sqb,
@@ -103,45 +103,67 @@ def nsa_decode_forward(
     BS: tl.constexpr,
     TENSOR_LENGTH: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
+    STEP: tl.constexpr,
     SPLITS: tl.constexpr,
     INSIDE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
-    """Grid (B * S * G * SPLITS,), the splits of a row beside each other; split i takes the slots i modulo SPLITS."""
+    """Grid (B * S * G * SPLITS,), the splits of a row beside each other; split i takes the slots i modulo SPLITS.
+
+    A slot's keys are asked for as soon as its index is there, STEP at a time; whether an earlier slot holds the same
+    block is found out meanwhile.
+    """
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
     M: tl.constexpr = max(HP, 16)
-    CHUNKS: tl.constexpr = max(NP // 32, 1)
-    CHUNK_SIZE: tl.constexpr = min(NP, 32)
+    PARTS: tl.constexpr = BS // STEP
+    STEPS: tl.constexpr = (N + SPLITS - 1) // SPLITS * PARTS
     pid = tl.program_id(0)
     split = pid % SPLITS
     place = pid // SPLITS
     g = place % G
     s = (place // G) % S
     b = place // (G * S)
-    slots = tl.arange(0, CHUNK_SIZE)
+    slots = tl.arange(0, NP)
     heads = tl.arange(0, M)
+    keys = tl.arange(0, STEP)
     columns = tl.arange(0, DVP)
+    row = X + b.to(tl.int64) * sxb + s.to(tl.int64) * sxs + g * sxg
+    entries = tl.load(row + slots * sxn, mask=slots < N, other=-1)
     length = key_count(LENGTH, b, T, TENSOR_LENGTH)
     limit = row_limit(POSITION, b, s, length, context_length(LENGTH, b, TENSOR_LENGTH), S, spb, sps)
-    row = X + b.to(tl.int64) * sxb + s.to(tl.int64) * sxs + g * sxg
-    mine = slots % SPLITS == split
-    e0 = tl.where(mine, first_entries(row, sxn, slots, limit, N, BS), NONE)
-    e1 = e0
-    e2 = e0
-    e3 = e0
-    if CHUNKS > 1:
-        e1 = tl.where(mine, first_entries(row, sxn, slots + CHUNK_SIZE, limit, N, BS), NONE)
-    if CHUNKS > 2:
-        e2 = tl.where(mine, first_entries(row, sxn, slots + 2 * CHUNK_SIZE, limit, N, BS), NONE)
-        e3 = tl.where(mine, first_entries(row, sxn, slots + 3 * CHUNK_SIZE, limit, N, BS), NONE)
     base = Q + b.to(tl.int64) * sqb + s.to(tl.int64) * sqs + g.to(tl.int64) * sqg
     q0 = load_query(base, heads, heads * sqh, heads < H, 0, DK, DK0)
     q1 = q0
     if DK1 > 0:
         q1 = load_query(base, heads, heads * sqh, heads < H, DK0, DK, DK1)
-    out, top, total = attend(
-        q0, q1, e0, e1, e2, e3, limit, K0, K1, V, b, g, length, scale2,
-        skb, skg, skt, svb, svg, svt,
-        M, CHUNKS, DK, DK0, DK1, DV, DVP, BS, BS, DESCRIPTOR, TENSOR_LENGTH,
-    )  # fmt: skip
+    top = tl.full([M], LOWEST, tl.float32)
+    total = tl.zeros([M], tl.float32)
+    out = tl.zeros([M, DVP], tl.float32)
+    for i in range(STEPS):
+        slot = i // PARTS * SPLITS + split
+        entry = tl.load(row + slot * sxn, mask=slot < N, other=-1)
+        valid = (entry >= 0) & (entry < tl.cdiv(limit, BS))
+        first = tl.where(valid, entry, 0).to(tl.int32) * BS + i % PARTS * STEP
+        there = tl.where(valid, length - first, 0)
+        k0 = load_rows(K0, b, g, first, there, skb, skg, skt, 0, DK, DK0, STEP, DESCRIPTOR, False)
+        k1 = k0
+        if DK1 > 0:
+            k1 = load_rows(K1, b, g, first, there, skb, skg, skt, DK0, DK, DK1, STEP, DESCRIPTOR, False)
+        v = load_rows(V, b, g, first, there, svb, svg, svt, 0, DV, DVP, STEP, DESCRIPTOR, TENSOR_LENGTH)
+        score = tl.dot(q0, tl.trans(k0), input_precision="ieee")
+        if DK1 > 0:
+            score = tl.dot(q1, tl.trans(k1), score, input_precision="ieee")
+        again = tl.max(((entries == entry) & (slots < slot)).to(tl.int32), 0)
+        seen = tl.where(valid & (again == 0), limit - first, 0)
+        score = tl.where((keys < seen)[None, :], score, -float("inf"))
+        new_top = tl.maximum(top, tl.max(score, 1))
+        weight = tl.math.exp2(score * scale2 - (new_top * scale2)[:, None])
+        decay = tl.math.exp2((top - new_top) * scale2)
+        total = total * decay + tl.sum(weight, 1)
+        out = tl.dot(weight.to(v.dtype), v, out * decay[:, None], input_precision="ieee")
+        top = new_top
     place = place.to(tl.int64)
     keep = (heads < H)[:, None] & (columns < DV)[None, :]
     if SPLITS == 1:
@@ -164,91 +186,142 @@ def nsa_decode_forward(
 
 
 @triton.jit
-def nsa_decode_combine(PART, OUT, LSE, H: tl.constexpr, HP: tl.constexpr, DV: tl.constexpr,
-                       DVP: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    """Grid (B * S * G * DVP / COLUMNS,): the same combination as a launch of its own, by column tiles."""
-    tiles: tl.constexpr = DVP // COLUMNS
-    row = (tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
-    stats = PART + (tl.num_programs(0) // tiles).to(tl.int64) * (SPLITS * H * DV)
-    columns = tile * COLUMNS + tl.arange(0, COLUMNS)
-    combine_splits(PART, stats, OUT, LSE, row, tl.arange(0, HP), columns, tile == 0, H, HP, DV, COLUMNS, SPLITS)
+def nsa_decode_combine(PART, OUT, LSE, H: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, SPLITS: tl.constexpr,
+                       DEPENDENT: tl.constexpr):  # fmt: skip
+    """Grid (B * S * G * H,): the same combination as a launch of its own, head by head."""
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
+    pid = tl.program_id(0)
+    row = (pid // H).to(tl.int64)
+    head = pid % H
+    parts = tl.arange(0, SPLITS)
+    columns = tl.arange(0, DVP)
+    part = row * SPLITS + parts
+    stat = PART + (tl.num_programs(0) // H).to(tl.int64) * (SPLITS * H * DV) + part * (2 * H) + head
+    tops = tl.load(stat)
+    totals = tl.load(stat + H)
+    inside = (columns < DV)[None, :]
+    outs = tl.load(PART + ((part * H + head) * DV)[:, None] + columns[None, :], mask=inside, other=0.0)
+    top = tl.max(tops, 0)
+    weight = tl.math.exp2(tops - top)
+    total = tl.sum(weight * totals, 0)
+    some = total > 0
+    divisor = tl.where(some, total, 1.0)
+    out = tl.sum(outs * weight[:, None], 0) / divisor
+    tl.store(OUT + (row * H + head) * DV + columns, out.to(OUT.dtype.element_ty), mask=columns < DV)
+    if LSE is not None:
+        tl.store(LSE + row * H + head, tl.where(some, top + tl.math.log2(divisor), float("inf")))
 
 
-def forward(
+COMBINE_WARPS = 2
+
+
+class Call:
+    """One kind of call, ready: what follows from layouts and parameters is worked out once."""
+
+    __slots__ = ("combine", "elements", "forward", "heads", "inside", "keys", "loads", "rows", "shape", "splits")
+
+    def __init__(
+        self, query: Tensor, key: Tensor, value: Tensor, selection: Selection, parameters: dict[str, ParameterValue]
+    ) -> None:
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            unit_last(tensor, name)
+        batch, queries, groups, heads, width = query.shape
+        self.rows, self.splits, self.heads = batch * queries * groups, int(parameters["splits"]), heads
+        self.keys, self.loads = min(int(parameters["step"]), selection.block_size), parameters["loads"]
+        self.inside = self.splits > 1 and parameters["combine"] == "inside"
+        self.shape = (*query.shape[:4], value.shape[3]) if value.shape[3] != width else None
+        self.elements = self.rows * self.splits * heads * (value.shape[3] + 2) if self.splits > 1 else 0
+        early = bool(parameters["dependent"])
+        constants = shape_constants(query, value, selection)
+        constants |= {"DESCRIPTOR": self.loads == "descriptor", "SPLITS": self.splits, "INSIDE": self.inside}
+        constants |= {"STEP": self.keys, "DEPENDENT": early}
+        options = {"num_warps": int(parameters["warps"]), "num_stages": int(parameters["stages"]), "launch_pdl": early}
+        strides = (*query.stride()[:4], *key.stride()[:3], *value.stride()[:3], *selection.blocks.stride())
+        trailing = (queries, groups, *selection_arguments(selection)[2:], *strides)
+        self.forward = Plan(nsa_decode_forward, constants, options, trailing)
+        wanted = {name: constants[name] for name in ("H", "DV", "DVP", "SPLITS", "DEPENDENT")}
+        self.combine = Plan(nsa_decode_combine, wanted, {"num_warps": COMBINE_WARPS, "launch_pdl": early})
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, selection: Selection, scale: float, logsum: Tensor | None
+    ) -> Tensor:
+        """Output (B, S, G, h, Dv); fills ``logsum`` (B, S, G, h) float32 if given, always or never for one Call."""
+        if self.shape is None:  # a third of the host time that spelling it out takes
+            out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        else:
+            out = torch.empty(self.shape, dtype=value.dtype, device=value.device)
+        part = counter = None
+        if self.inside:
+            part, counter = scratch(self.rows, self.elements, out)
+        elif self.elements:
+            part = torch.empty(self.elements, dtype=torch.float32, device=out.device)
+        sources = (key, key, value)
+        if self.loads == "descriptor":
+            sources = key_sources(key, value, selection, self.forward.constants, "descriptor", self.keys)
+        self.forward(
+            self.rows * self.splits,
+            query, *sources, selection.indices, selection.context_length, selection.query_positions, out, logsum,
+            part, counter, key.shape[2], scale * LOG2E,
+        )  # fmt: skip
+        if self.elements and not self.inside:
+            self.combine(self.rows * self.heads, part, out, logsum)
+        return out
+
+
+def call_for(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     selection: Selection,
-    scale: float,
-    logsum: Tensor | None,
-    *,
-    splits: ParameterValue,
-    combine: ParameterValue,
-    warps: ParameterValue,
-    stages: ParameterValue,
-    loads: ParameterValue,
-) -> Tensor:
-    """Output (B, S, G, h, Dv); fills ``logsum`` (B, S, G, h) float32 if given. Shapes as in ``nsa.problem``."""
-    batch, queries, groups, heads, _ = query.shape
-    rows, split, width = batch * queries * groups, int(splits), value.shape[3]
-    out = torch.empty((batch, queries, groups, heads, width), dtype=value.dtype, device=value.device)
-    inside = split > 1 and combine == "inside"
-    name = call_key(query, key, value, selection, "decode", logsum is None, split, combine, warps, stages, loads)
+    logsum: bool,
+    parameters: dict[str, ParameterValue],
+) -> Call:
+    """The Call that serves these arguments, with or without ``logsum``. Shapes as in ``nsa.problem``."""
+    name = call_key(query, key, value, selection, "decode", logsum, *parameters.values())
     known = plans(name)
     if not known:
-        unit_last(query, "query")
-        constants = shape_constants(query, value, selection)
-        constants |= {"DESCRIPTOR": loads == "descriptor", "SPLITS": split, "INSIDE": inside}
-        known["forward"] = Plan(nsa_decode_forward, constants, {"num_warps": int(warps), "num_stages": int(stages)})
-        wanted = {name: constants[name] for name in ("H", "HP", "DV", "DVP", "SPLITS")}
-        wanted["COLUMNS"] = min(32, constants["DVP"])
-        known["combine"] = Plan(nsa_decode_combine, wanted, {"num_warps": 2})
-    plan = known["forward"]
-    part = None
-    if split > 1:  # partial rows, and behind them their maxima and totals
-        part = torch.empty((rows * split * heads, width + 2), dtype=torch.float32, device=value.device)
-    sources = key_sources(key, value, selection, plan.constants, str(loads))
-    length, positions, *position_strides = selection_arguments(selection)
-    plan(
-        rows * split,
-        query, *sources, selection.blocks, length, positions, out, logsum,
-        part, counters(rows, value.device) if inside else None,
-        queries, key.shape[2], groups, scale * LOG2E, *position_strides,
-        *query.stride()[:4], *key.stride()[:3], *value.stride()[:3], *selection.blocks.stride(),
-    )  # fmt: skip
-    if split > 1 and not inside:
-        combining = known["combine"]
-        tiles = combining.constants["DVP"] // combining.constants["COLUMNS"]
-        combining(rows * tiles, part, out, logsum)
-    return out
+        known["call"] = Call(query, key, value, selection, parameters)
+    found: Call = known["call"]
+    return found
 
 
-_eager: dict[tuple[torch.device, int], Tensor] = {}
-_pools: dict[torch.device, list[Tensor]] = {}
+KEPT_BYTES = 2**24
+"""Partial rows that a stream keeps between calls; larger ones are allocated by each call."""
 POOL = 65536
 """Counters set aside per device for captured calls: 256 KiB."""
+_eager: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+_pools: dict[int, list[Tensor]] = {}
 
 
-def counters(rows: int, device: torch.device) -> Tensor:
-    """``rows`` int32 counters that are zero when the stream gets there and that nobody else uses.
+def scratch(rows: int, elements: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(``elements`` of float32, for partial rows and behind them their maxima and totals; ``rows`` int32 counters that
+    are zero when the stream gets there and that nobody else uses), on the device of ``like``, for one launch.
 
-    Eager calls share one buffer per stream: each call leaves zeros behind. A captured call takes the next piece of a
-    pool zeroed outside any capture, for good; without pool or room it records a memset of its own.
+    Eager calls share buffers per stream: each launch leaves zeros in the counters. A captured call has partial rows of
+    its own and takes the next piece of a pool of counters, zeroed outside any capture, for good; without pool or room
+    it records a memset of its own.
     """
-    if device.type != "cuda":
-        return torch.zeros(rows, dtype=torch.int32, device=device)
-    if torch.cuda.is_current_stream_capturing():
-        pieces = _pools.get(device)
-        room = -(-rows // 4) * 4  # pieces stay aligned to 16 bytes, which kernels are compiled for
-        if pieces and pieces[0].numel() >= room:
-            piece, pieces[0] = pieces[0][:room], pieces[0][room:]
-            return piece
-        return torch.zeros(rows, dtype=torch.int32, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    if device not in _pools:
-        _pools[device] = [torch.zeros(POOL, dtype=torch.int32, device=device)]
+    device = like.device
+    if not like.is_cuda or torch.cuda.is_current_stream_capturing():
+        return torch.empty(elements, dtype=torch.float32, device=device), _captured_counters(rows, device)
+    key = (device.index, torch._C._cuda_getCurrentRawStream(device.index))
     held = _eager.get(key)
-    if held is None or held.numel() < rows:
-        held = _eager[key] = torch.zeros(max(rows, 1024), dtype=torch.int32, device=device)
+    if held is None or held[0].numel() < elements or held[1].numel() < rows:
+        if device.index not in _pools:
+            _pools[device.index] = [torch.zeros(POOL, dtype=torch.int32, device=device)]
+        part = torch.empty(elements, dtype=torch.float32, device=device)
+        held = part, torch.zeros(max(rows, 1024), dtype=torch.int32, device=device)
+        if part.nbytes <= KEPT_BYTES:
+            _eager[key] = held
     return held
+
+
+def _captured_counters(rows: int, device: torch.device) -> Tensor:
+    pieces = _pools.get(device.index) if device.type == "cuda" else None
+    room = -(-rows // 4) * 4  # pieces stay aligned to 16 bytes, which kernels are compiled for
+    if pieces and pieces[0].numel() >= room:
+        piece, pieces[0] = pieces[0][:room], pieces[0][room:]
+        return piece
+    return torch.zeros(rows, dtype=torch.int32, device=device)

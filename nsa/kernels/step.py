@@ -1,11 +1,10 @@
-"""The decode step's second half: compressed attention, choice of blocks, attention over them and the window, gates.
+"""The decode step's attention: over the compressed tokens, and over the chosen blocks and the window.
 
-Four kernels, each a grid of fixed size whatever the context: the position of each entry is read from the device, so
-that one captured graph serves every step. A group (b, g) is a row; its attention is dealt to ``PARTS`` programs, those
-of the compressed tokens first, then those of the selected blocks, then the window's, and ``nsa_step_combine`` merges
-them. With WIDE (float32) scores are float64 and in natural units, as ``nsa.scoring`` asks; otherwise float32, base 2.
-Then equal scores of blocks in different tiles may round a unit apart: 16-bit types break ties within scoring's bound,
-where float32's 32 compared bits keep them.
+``step_choose`` runs between these two kernels and ``step_combine`` behind them, each a grid of fixed size whatever the
+context: the position of each entry is read from the device, so that one captured graph serves every step. A group
+(b, g) is a row; its attention is dealt to ``PARTS`` programs, those of the compressed tokens first, then those of the
+selected blocks, then the window's. With WIDE (float32) scores are float64 and in natural units, as ``nsa.scoring``
+asks; otherwise float32, base 2.
 """
 
 from __future__ import annotations
@@ -15,13 +14,6 @@ import triton.language as tl
 
 from .layout import LOWEST
 from .step_append import SIZES, context, storage_rows
-
-INDEX = tl.constexpr(20)
-"""``nsa.scoring.INDEX_BITS``."""
-LOW = tl.constexpr(2**20 - 1)
-ROUND = tl.constexpr(2**19)
-FORCED = tl.constexpr(0x7FF0_0000_0000_0000 >> 20)
-"""``nsa.scoring.FORCED`` without the index bits."""
 
 
 @triton.jit
@@ -181,91 +173,6 @@ def nsa_step_compressed(
     store_part(PART, TOP, TOTAL, row * PARTS + split, out, top, total, heads, H, DV, DVP)
 
 
-@triton.jit
-def pick_blocks(RANK, PICK, own, TOPK: tl.constexpr, TP: tl.constexpr, NB: tl.constexpr):
-    """The TOPK blocks of highest rank among blocks 0 to ``own``, then -1."""
-    block = tl.arange(0, NB)
-    rank = tl.load(RANK + block, mask=block <= own, other=-1, cache_modifier=".cg")
-    chosen = tl.minimum(own + 1, TOPK)
-    slots = tl.arange(0, TP)
-    picks = tl.full([TP], -1, tl.int32)
-    for slot in range(chosen):
-        best = tl.max(rank, 0)
-        picks = tl.where(slots == slot, ((best & LOW) ^ LOW).to(tl.int32), picks)
-        rank = tl.where(rank == best, -1, rank)
-    tl.store(PICK + slots, picks, mask=slots < TOPK)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def nsa_step_choose(
-    SCORE,
-    TOP,
-    TOTAL,
-    LENGTH,
-    RANK,
-    PICK,
-    COUNTER,
-    capacity,
-    width,
-    G: tl.constexpr,
-    H: tl.constexpr,
-    HP: tl.constexpr,
-    L: tl.constexpr,
-    STRIDE: tl.constexpr,
-    BS: tl.constexpr,
-    TOPK: tl.constexpr,
-    TP: tl.constexpr,
-    WIDE: tl.constexpr,
-    SPLITS: tl.constexpr,
-    PARTS: tl.constexpr,
-    BJ: tl.constexpr,
-    NB: tl.constexpr,
-    SHARES: tl.constexpr,
-):
-    """Grid (B * G * SHARES,): PICK (B * G, TOPK) gets the row's blocks, then -1, by the rules of ``nsa.scoring``.
-
-    Each program ranks a share of the row's blocks, and the last one to finish picks: COUNTER (B * G,) is 0 before and
-    after. RANK (B * G, NB) int64 is scratch: a block's leading score bits above its index, all different.
-    """
-    row = tl.program_id(0) // SHARES
-    b = row // G
-    position = context(LENGTH, b, capacity) - 1
-    count = compressed_tokens(position + 1, L, STRIDE)
-    own = position // BS
-    heads = tl.arange(0, HP)
-    part = (row.to(tl.int64) * PARTS + tl.arange(0, SPLITS))[None, :] * H + heads[:, None]
-    tops = tl.load(TOP + part, mask=(heads < H)[:, None], other=LOWEST)
-    top = tl.max(tops, 1)
-    totals = tl.load(TOTAL + part, mask=(heads < H)[:, None], other=0.0)
-    total = tl.sum(totals * power(tops - top[:, None], WIDE), 1)
-    share = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
-    kept = SCORE + (row.to(tl.int64) * H + heads)[:, None] * (2 * width)
-    RANK += row.to(tl.int64) * NB
-    begin = tl.program_id(0) % SHARES * tl.cdiv(own + 1, SHARES)
-    end = tl.minimum(begin + tl.cdiv(own + 1, SHARES), own + 1)
-    for first in range(begin, end, BJ):
-        block = first + tl.arange(0, BJ)
-        here = (heads < H)[:, None] & (block * (BS // STRIDE) < count)[None, :]
-        logsum = tl.load(kept + block[None, :], mask=here, other=-float("inf"))
-        before = (heads < H)[:, None] & ((block > 0) & ((block - 1) * (BS // STRIDE) < count))[None, :]
-        reaching = tl.load(kept + width + block[None, :] - 1, mask=before, other=-float("inf"))
-        weight = power(logsum - top[:, None], WIDE) + power(reaching - top[:, None], WIDE)
-        score = tl.sum(weight * share[:, None], 0)
-        bits = score.to(tl.float64).to(tl.int64, bitcast=True)
-        leading = (bits + ROUND) >> INDEX
-        leading = tl.where(block == own - 1, FORCED + 1, leading)
-        leading = tl.where(block == own, FORCED + 2, leading)
-        leading = tl.where(block == 0, FORCED + 3, leading)
-        tl.store(RANK + block, (leading << INDEX) + (block ^ LOW), mask=block < end)
-    tl.debug_barrier()  # every thread's stores come before the one thread's release
-    if SHARES == 1:
-        pick_blocks(RANK, PICK + row * TOPK, own, TOPK, TP, NB)
-    else:
-        if tl.atomic_add(COUNTER + row, 1, sem="acq_rel") == SHARES - 1:
-            pick_blocks(RANK, PICK + row * TOPK, own, TOPK, TP, NB)
-            tl.store(COUNTER + row, 0)
-
-
 @triton.jit(do_not_specialize=SIZES)
 def nsa_step_attend(
     QUERY,
@@ -336,67 +243,3 @@ def nsa_step_attend(
         weight, decay, top, total = weigh(top, total, score, WIDE)
         out = add_values(out, weight, decay, VALUE, rows, inside, DV, DVP)
     store_part(PART, TOP, TOTAL, row * PARTS + BEFORE + split, out, top, total, heads, H, DV, DVP)
-
-
-@triton.jit
-def merged(PART, TOP, TOTAL, first, i, columns, raw, H: tl.constexpr, DV: tl.constexpr, COUNT: tl.constexpr,
-           GATED: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """Head i's attention (DVP,) from the COUNT parts from ``first`` on, times its gate; zeros where there is no key."""
-    out = tl.zeros([columns.shape[0]], tl.float32)
-    if COUNT > 0:
-        at = (first + tl.arange(0, COUNT)).to(tl.int64) * H + i
-        tops = tl.load(TOP + at)
-        weight = power(tops - tl.max(tops, 0), WIDE)
-        total = tl.sum(weight * tl.load(TOTAL + at), 0)
-        weight = (weight / tl.where(total > 0, total, 1.0)).to(tl.float32)
-        parts = tl.load(PART + at[:, None] * DV + columns[None, :], mask=(columns < DV)[None, :], other=0.0)
-        out = tl.sum(parts * weight[:, None], 0)
-        if GATED:
-            out = out / (1.0 + tl.exp(-raw))
-    return out
-
-
-@triton.jit
-def nsa_step_combine(
-    PROJECTED,
-    BIAS,
-    PART,
-    TOP,
-    TOTAL,
-    MIXED,
-    LENGTH,
-    width,
-    G: tl.constexpr,
-    H: tl.constexpr,
-    DV: tl.constexpr,
-    DVP: tl.constexpr,
-    GATE: tl.constexpr,
-    COMPRESSED: tl.constexpr,
-    SELECTED: tl.constexpr,
-    RECENT: tl.constexpr,
-    SECOND: tl.constexpr,
-    THIRD: tl.constexpr,
-    PARTS: tl.constexpr,
-    GATED: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """Grid (B * G * H,): merge the parts of each branch that has any, gate, add; then the entry is one token longer.
-
-    A branch's parts begin at 0, SECOND and THIRD. Gates stand in PROJECTED from column GATE on, three per head; without
-    GATED they are 1.
-    """
-    pid = tl.program_id(0)
-    i, b = pid % H, pid // (G * H)
-    first = pid // H * PARTS
-    columns = tl.arange(0, DVP)
-    at = pid % (G * H) * 3
-    gates = PROJECTED + b.to(tl.int64) * width + GATE + at
-    raw0 = tl.load(gates).to(tl.float32) + tl.load(BIAS + at).to(tl.float32)
-    raw1 = tl.load(gates + 1).to(tl.float32) + tl.load(BIAS + at + 1).to(tl.float32)
-    raw2 = tl.load(gates + 2).to(tl.float32) + tl.load(BIAS + at + 2).to(tl.float32)
-    out = merged(PART, TOP, TOTAL, first, i, columns, raw0, H, DV, COMPRESSED, GATED, WIDE)
-    out += merged(PART, TOP, TOTAL, first + SECOND, i, columns, raw1, H, DV, SELECTED, GATED, WIDE)
-    out += merged(PART, TOP, TOTAL, first + THIRD, i, columns, raw2, H, DV, RECENT, GATED, WIDE)
-    tl.store(MIXED + pid.to(tl.int64) * DV + columns, out.to(MIXED.dtype.element_ty), mask=columns < DV)
-    if pid % (G * H) == 0:
-        tl.store(LENGTH + b, tl.load(LENGTH + b) + 1)

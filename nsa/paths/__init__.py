@@ -103,6 +103,7 @@ PATHS: dict[str, SelectionPath] = {
     "triton_token": SelectionPath(
         name="triton_token",
         target=".triton_token:run",
+        bound="..kernels.tape:bind",
         summary="one Triton program per token and group",
         modes=("decode", "prefill", "train"),
         deterministic=True,
@@ -113,6 +114,7 @@ PATHS: dict[str, SelectionPath] = {
     "triton_union": SelectionPath(
         name="triton_union",
         target=".triton_union:run",
+        bound="..kernels.tape:bind",
         summary="one Triton program per tile of neighbouring tokens, against the union of their blocks",
         modes=("prefill", "train"),
         deterministic=True,
@@ -133,6 +135,7 @@ PATHS: dict[str, SelectionPath] = {
     "triton_decode": SelectionPath(
         name="triton_decode",
         target=".triton_decode:run",
+        bound=".triton_decode:bind",
         summary="split-K in Triton, combined by the last program of a row",
         modes=("decode", "prefill", "train"),
         deterministic=True,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 import torch
@@ -91,6 +91,30 @@ class PathRun(Protocol):
         the operation is compression."""
 
 
+class Bound(Protocol):
+    """A path with parameters and scale filled in, for calls alike: same shapes but for T, strides, dtypes, devices,
+    alignment, and no gradients. It reports itself as ``run`` does."""
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, selection: Selection) -> Tensor:
+        """Shapes as in ``PathRun``; keys and values may go on behind the context."""
+
+
+class PathBind(Protocol):
+    """The call signature of a path's ``bind``."""
+
+    def __call__(
+        self,
+        function: PathRun,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        selection: Selection,
+        scale: float,
+        parameters: dict[str, ParameterValue],
+    ) -> Bound | None:
+        """For calls like one that ``function``, the path's run, has just served; None where they cannot be bound."""
+
+
 class SelectionPath(msgspec.Struct, frozen=True, kw_only=True):
     """A way to run selection, or another of the three ``operations``.
 
@@ -99,6 +123,8 @@ class SelectionPath(msgspec.Struct, frozen=True, kw_only=True):
     ``tunables(problem, device)``: its Parameters there. ``unsupported(problem, device, parameters)``: None, or why not.
     ``evidence(problem, device, parameters, lengths)``: what one call must show; ``lengths`` are the rows' key counts.
     ``dispatchable``: may be chosen by a table; the oracle may not.
+    ``bound``: ``"module:function"`` of a PathBind, for a path that needs no workspace; "" = none. It spares the host
+    what is the same at every call.
     ``slow_to_build``: takes tens of seconds to compile on a CPU, so only ``--effort full`` tries it there.
     ``needs_complete``: runs complete selections only.
     """
@@ -111,6 +137,7 @@ class SelectionPath(msgspec.Struct, frozen=True, kw_only=True):
     tunables: Callable[[SelectionProblem, torch.device], tuple[Parameter, ...]]
     unsupported: Callable[[SelectionProblem, torch.device, Parameters], str | None]
     evidence: Callable[[SelectionProblem, torch.device, Parameters, Sequence[int]], Evidence]
+    bound: str = ""
     operations: tuple[Operation, ...] = ("selection",)
     dispatchable: bool = True
     slow_to_build: bool = False
@@ -118,9 +145,13 @@ class SelectionPath(msgspec.Struct, frozen=True, kw_only=True):
 
     def function(self) -> PathRun:
         """The path's run function, imported now."""
-        module, _, name = self.target.partition(":")
-        function: PathRun = getattr(importlib.import_module(module, __package__), name)
+        function: PathRun = _imported(self.target)
         return function
+
+    def bind(self) -> PathBind | None:
+        """The path's bind function, imported now; None where it has none."""
+        bind: PathBind | None = _imported(self.bound) if self.bound else None
+        return bind
 
     def defaults(self, problem: SelectionProblem, device: torch.device) -> dict[str, ParameterValue]:
         """Every parameter at its default; none for a problem of another operation."""
@@ -140,6 +171,11 @@ class SelectionPath(msgspec.Struct, frozen=True, kw_only=True):
         if not known.issuperset(parameters):
             return f"{self.name} has no parameter {sorted(set(parameters) - known)}; it has {sorted(known)}"
         return self.unsupported(problem, device, parameters)
+
+
+def _imported(target: str) -> Any:
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module, __package__), name)
 
 
 def registered(name: str) -> SelectionPath:

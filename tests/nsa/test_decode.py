@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from tests.interpreter import prepare
 INTERPRETED = prepare()
 
 import nsa.attention  # noqa: E402  kernels load Triton, which asks for its mode once
+from nsa import step  # noqa: E402
 from nsa.attention import NSAAttention, NSAConfig  # noqa: E402
 from nsa.cache import BRANCHES, NSACache  # noqa: E402
 from nsa.decode import DecodeGraph  # noqa: E402
@@ -173,10 +175,13 @@ def test_any_number_of_splits_and_any_tile_is_the_same_function():
     x = tokens(1, 150, 12)
     _, cache = layer.prefill(x[:, :149], capacity=160)
     expected = layer.prefill(x)[0][:, -1]
-    for splits, selected, window, tile, choice in ((1, 1, 1, 16, 1), (4, 8, 2, 16, 4), (2, 2, 4, 32, 2)):
+    for splits, selected, window, tile, choice, counted in (
+        *((1, 1, 1, 16, 1, 0), (4, 8, 2, 16, 4, 0), (2, 2, 4, 32, 2, 4)),
+        *((1, 1, 1, 16, 1, 16), (4, 8, 2, 16, 4, 64), (2, 2, 4, 32, 2, 256)),
+    ):
         sizes = StepParameters(
             compressed_splits=splits, selected_splits=selected, window_splits=window, tile=tile, blocks_at_once=2,
-            compressed_tile=16, choice_splits=choice,
+            compressed_tile=16, choice_splits=choice, counted_blocks=counted,
         )  # fmt: skip
         cache.plan = None
         got = step_of(layer, cache, None, sizes).run(x[:, 149:])
@@ -184,7 +189,12 @@ def test_any_number_of_splits_and_any_tile_is_the_same_function():
         assert float((got[:, 0] - expected).abs().max()) <= agreement_bound(layer, x)
 
 
-def test_ties_go_to_the_lower_block_and_forced_blocks_count_once():
+@pytest.mark.parametrize("counted", [0, 256])
+def test_ties_go_to_the_lower_block_and_forced_blocks_count_once(counted, monkeypatch):
+    usual = step.default_parameters
+    monkeypatch.setattr(
+        step, "default_parameters", lambda *given: msgspec.structs.replace(usual(*given), counted_blocks=counted)
+    )
     layer = layer_of("mean", topk=4)
     with torch.no_grad():
         layer.project.weight[: layer.widths[0]] = 0.0  # every score equal
