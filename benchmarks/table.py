@@ -33,10 +33,8 @@ ORDER = (
     *("h200-paper-prefill", "h200-paper-decode", "h200-paper-train"),
     *("h200-pr31-prefill", "h200-pr31-decode", "h200-pr31-train"),
     *("h200-64-4-window", "h200-64-4-compression", "h200-64-4-exhaustive", "h200-16-16-exhaustive"),
-    *("h200-64-4-transfer", "h200-12-2-prefill", "h200-12-2-decode", "h200-12-2-train"),
-    *("h200-32-8-prefill", "h200-32-8-decode", "h200-32-8-train"),
-    *("h200-64-8-prefill", "h200-64-8-decode", "h200-64-8-train"),
-    *("h200-16-4-prefill", "h200-16-4-decode", "h200-16-4-train", "h200-64-4-layer"),
+    *("h200-12-2-train", "h200-others-prefill", "h200-others-decode", "h200-others-train"),
+    *("h200-64-4-transfer", "h200-64-4-smooth", "h200-64-4-layer"),
 )
 JUDGES = ("-exhaustive", "-transfer")
 SHORTEST_S = 25.0
