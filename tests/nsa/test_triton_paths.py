@@ -198,6 +198,13 @@ def test_gradients_match_the_oracle_and_every_element_is_written(
     assert_gradients(case, case.gradients(path, {**parameters, "backward_rows": 16, "backward_item_rows": 16}))
 
 
+@pytest.mark.parametrize(("heads", "width", "rows"), [(16, 32, 64), (3, 48, 64), (1, 32, 128)])
+def test_partials_as_the_tensor_core_holds_them_add_up(heads: int, width: int, rows: int, poisoned: None) -> None:
+    case = Case(S=21, T=41, G=2, h=heads, Dk=width, Dv=16)
+    parameters = {"order": "group", "backward_rows": rows, "backward_item_rows": 64}
+    assert_gradients(case, case.gradients("triton_token", parameters))
+
+
 @pytest.mark.parametrize("loads", ["pointer", "descriptor"])
 @pytest.mark.parametrize(("path", "more"), [("triton_union", {"tokens": 4}), ("triton_token", {})])
 def test_steps_of_part_of_a_block_change_nothing(path: str, more: dict[str, Any], loads: str) -> None:
@@ -234,8 +241,10 @@ def test_gradients_of_several_spans_add_up(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(invert, "BITMAP_TOKENS", 32)
     case = Case(S=70, T=70, h=1, n=3)
     rest = {"order": "group", "backward_rows": 16, "backward_item_rows": 32}
-    for span in (0, 32):
-        assert_gradients(case, case.gradients("triton_token", {**rest, "backward_span": span}))
+    for span, walk in ((0, 0), (32, 32), (0, 32), (64, 32)):
+        assert_gradients(
+            case, case.gradients("triton_token", {**rest, "backward_span": span, "backward_walk": walk})
+        )
 
 
 @every_path

@@ -1,0 +1,161 @@
+"""The products of the Triton paths' backward: one program per (block, some of the rows that chose it), five at once.
+
+Key and value gradients grow in registers; each pair (row, block) leaves a partial query gradient. ``gradient_sums``
+adds both up, ``gradient`` launches.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .layout import context_length, gather_rows, key_count, load_rows, row_limit
+
+
+@triton.jit(do_not_specialize=["LENGTH", "S", "T", "rows"])
+def nsa_gradient_rows(
+    OUT, GRAD, LSE, LENGTH, POSITION, ROWS, S, T, GH, rows, spb, sps,
+    DV: tl.constexpr, DVP: tl.constexpr, TILE: tl.constexpr, TENSOR_LENGTH: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles,): ROWS (rows, 4) float32, what the products need to know of a row: its log-sum-exp, the sum of
+    OUT * GRAD over the head dim, its limit's bits, and nothing; one load of 16 bytes instead of three of 4."""
+    row = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    there = row < rows
+    columns = tl.arange(0, DVP)
+    offsets = row.to(tl.int64)[:, None] * DV + columns[None, :]
+    mask = there[:, None] & (columns < DV)[None, :]
+    out = tl.load(OUT + offsets, mask=mask, other=0.0).to(tl.float32)
+    grad = tl.load(GRAD + offsets, mask=mask, other=0.0).to(tl.float32)
+    delta = tl.sum(out * grad, 1)
+    token = tl.minimum(row, rows - 1) // GH
+    b, s = token // S, token % S
+    length = key_count(LENGTH, b, T, TENSOR_LENGTH)
+    limit = row_limit(POSITION, b, s, length, context_length(LENGTH, b, TENSOR_LENGTH), S, spb, sps)
+    limit = tl.zeros_like(row) + limit
+    logsum = tl.load(LSE + row, mask=there, other=0.0)
+    known = tl.join(tl.join(logsum, limit.to(tl.float32, bitcast=True)), tl.join(delta, tl.zeros_like(delta)))
+    place = row.to(tl.int64)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    tl.store(ROWS + place, known.reshape(TILE, 4), mask=there[:, None])
+
+
+@triton.jit
+def query_product(slope, k, M: tl.constexpr):
+    """slope (keys, M) and k (keys, D) to (M, D); transposed where M is too small for a warpgroup's 64 rows."""
+    if M % 64 == 0:
+        dq = tl.dot(tl.trans(slope), k, input_precision="ieee")
+    else:
+        dq = tl.trans(tl.dot(tl.trans(k), slope, input_precision="ieee"))
+    return dq
+
+
+@triton.jit
+def store_partial(
+    dq, PAIRS, start, high, target, first_pair,
+    M: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, DK: tl.constexpr, COLUMN: tl.constexpr, PADDED: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """Store partial query gradients dq (M, PADDED) as the tensor core holds them: a thread's eight values of 32 columns
+    side by side (``held_column``), so that they leave in pieces of 16 bytes without a turn through shared memory."""
+    if M % 64 == 0 and PADDED % 32 == 0:
+        tiles: tl.constexpr = M // 64
+        groups: tl.constexpr = PADDED // 32
+        part = dq.reshape(tiles, 4, 2, 8, groups, 4, 4, 2)  # tile, warp, half, row, group, eight, pair, one
+        part = tl.permute(part, (3, 1, 0, 2, 4, 6, 5, 7)).reshape(8, 4, tiles * 2, groups, 32)
+        unit = tl.arange(0, tiles * 2)
+        row = tl.arange(0, 8)[:, None, None] + (tl.arange(0, 4) * 16)[None, :, None]
+        row = (row + (unit // 2 * 64 + unit % 2 * 8)[None, None, :])[:, :, :, None]
+        column = (tl.arange(0, groups) * 32 + COLUMN)[:, None] + tl.arange(0, 32)[None, :]
+    else:
+        part = dq
+        row = tl.arange(0, M)
+        column = tl.arange(0, PADDED) + COLUMN
+    place = start + row // HP
+    head = row % HP
+    there = (place < high) & (head < H)
+    pair = tl.load(PAIRS + tl.minimum(place, high - 1)) - first_pair
+    pair = pair.to(tl.int64) if WIDE else pair
+    offset = tl.expand_dims((pair * H + head) * DK, -1) + column
+    keep = tl.expand_dims(there, -1) & (column < DK)
+    tl.store(target + offset, part.to(target.dtype.element_ty), mask=keep)
+
+
+@triton.jit(do_not_specialize=["S", "T", "spans", "span", "units", "item_slots"])
+def nsa_gradient_block(
+    Q, K, V, GRAD, ROWS, LENGTH, PAIRS, ITEMS, ITEM_COUNT, PART_Q, PART_KV,
+    S, T, G, spans, span, units, item_slots, scale2, sqb, sqs, sqg, sqh, skb, skg, skt, svb, svg, svt,
+    H: tl.constexpr, HP: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, DK: tl.constexpr, DK0: tl.constexpr,
+    DK1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BS: tl.constexpr, TENSOR_LENGTH: tl.constexpr,
+    TOKENS: tl.constexpr, SPAN: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Grid (B * G * units * item_slots,): item i of a unit, of the ``units`` from ``span`` on of each (b, g). Scores stand
+    transposed, (keys, rows): they enter the key and value products from registers."""
+    M: tl.constexpr = TOKENS * HP
+    pid = tl.program_id(0)
+    i = pid % item_slots
+    held = pid // item_slots
+    bg = held // units
+    own = span + held % units
+    unit = (bg * spans + own).to(tl.int64)
+    if i < tl.load(ITEM_COUNT + unit, mask=own < spans, other=0):
+        g = bg % G
+        b = bg // G
+        item = ITEMS + (unit * item_slots + i) * 3
+        first = tl.load(item) * BS
+        low = tl.load(item + 1)
+        high = tl.load(item + 2)
+        length = key_count(LENGTH, b, T, TENSOR_LENGTH)
+        rows = tl.arange(0, M)
+        head = rows % HP
+        keys = tl.arange(0, BS)
+        columns0 = tl.arange(0, DK0)
+        columns = tl.arange(0, DVP)
+        k0 = load_rows(K, b, g, first, length - first, skb, skg, skt, 0, DK, DK0, BS, False, False)
+        k1 = k0
+        if DK1 > 0:
+            k1 = load_rows(K, b, g, first, length - first, skb, skg, skt, DK0, DK, DK1, BS, False, False)
+        v = load_rows(V, b, g, first, length - first, svb, svg, svt, 0, DV, DVP, BS, False, False)
+        dk0 = tl.zeros([BS, DK0], tl.float32)
+        dk1 = tl.zeros([BS, DK1 if DK1 > 0 else 16], tl.float32)
+        dv = tl.zeros([BS, DVP], tl.float32)
+        base = Q + b.to(tl.int64) * sqb + g.to(tl.int64) * sqg
+        row = (b.to(tl.int64) * S * G + g) * H
+        pairs = PAIRS + unit * (SPAN * NP)
+        target = PART_Q + held.to(tl.int64) * (SPAN * NP * H * DK)
+        first_pair = own * (SPAN * NP)
+        for start in range(low, high, TOKENS):
+            place = start + rows // HP
+            # past the end the last pair stands again: every load is of a row that exists, and weighs nothing
+            pair = tl.load(pairs + tl.minimum(place, high - 1))
+            s = pair // NP
+            s = s.to(tl.int64) if WIDE else s
+            local = s * (G * H) + tl.minimum(head, H - 1)
+            known = tl.load(ROWS + row * 4 + local[:, None] * 4 + tl.arange(0, 4)[None, :])
+            ends, delta = tl.split(known.reshape(M, 2, 2))
+            logsum, limit = tl.split(ends)
+            delta, _ = tl.split(delta)
+            limit = tl.where((place < high) & (head < H), limit.to(tl.int32, bitcast=True), 0)
+            q0 = gather_rows(base, s * sqs + head * sqh, head, H, HP, 0, DK, DK0)
+            grad = gather_rows(GRAD + row * DV, local * DV, head, H, HP, 0, DV, DVP)
+            score = tl.dot(k0, tl.trans(q0), input_precision="ieee")
+            q1 = q0
+            if DK1 > 0:
+                q1 = gather_rows(base, s * sqs + head * sqh, head, H, HP, DK0, DK, DK1)
+                score = tl.dot(k1, tl.trans(q1), score, input_precision="ieee")
+            score = tl.where(keys[:, None] < (limit - first)[None, :], score, -float("inf"))
+            weight = tl.math.exp2(score * scale2 - logsum[None, :])
+            dv = tl.dot(weight.to(grad.dtype), grad, dv, input_precision="ieee")
+            fall = tl.dot(v, tl.trans(grad), input_precision="ieee")
+            slope = (weight * (fall - delta[None, :])).to(q0.dtype)
+            dk0 = tl.dot(slope, q0, dk0, input_precision="ieee")
+            dq0 = query_product(slope, k0, M)
+            store_partial(dq0, pairs, start, high, target, first_pair, M, H, HP, DK, 0, DK0, WIDE)
+            if DK1 > 0:
+                dk1 = tl.dot(slope, q1, dk1, input_precision="ieee")
+                dq1 = query_product(slope, k1, M)
+                store_partial(dq1, pairs, start, high, target, first_pair, M, H, HP, DK, DK0, DK1, WIDE)
+        part = PART_KV + (pid.to(tl.int64) * BS + keys)[:, None] * (DK + DV)
+        tl.store(part + columns0[None, :], dk0, mask=(columns0 < DK)[None, :])
+        if DK1 > 0:
+            columns1 = DK0 + tl.arange(0, DK1)
+            tl.store(part + columns1[None, :], dk1, mask=(columns1 < DK)[None, :])
+        tl.store(part + DK + columns[None, :], dv, mask=(columns < DV)[None, :])
