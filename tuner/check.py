@@ -19,8 +19,9 @@ from nsa.problem import SelectionProblem
 from nsa.trace import ParameterValue
 from nsa.workspace import Workspace
 from tuner.awkward import awkward_inputs, problem_of
+from tuner.gradient_oracle import GradientOracle
 from tuner.inputs import Inputs
-from tuner.oracle import Call, GradientOracle, Oracle, WrongResult
+from tuner.oracle import Call, Oracle, WrongResult
 
 
 class Checked(msgspec.Struct, frozen=True):

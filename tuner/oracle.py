@@ -21,8 +21,6 @@ from tuner.inputs import Inputs
 FULL_SCORES = 2**24
 """Up to this many scores every row is compared; beyond it spot rows are."""
 SPOT_ROWS = 64
-FULL_GRADIENT_SCORES, GRADIENT_SCORES, LEAST_GRADIENT_ROWS = 2**25, 2**26, 32
-"""As above, for gradients: beyond the first, spot rows of the second; autograd keeps a dozen float64 copies of them."""
 ORDERS = 4
 
 Call = Callable[..., Tensor]
@@ -128,56 +126,3 @@ def ranges_of(structure: Structure, rows: Tensor) -> Selection:
     indices = torch.tensor(ranges, device=rows.device)[None, :, None, None].expand(batch, -1, groups, -1, -1)
     everywhere = torch.full_like(rows, end - 1)  # the ranges alone say what a row reads
     return Selection.from_ranges(indices, context_length=end, query_positions=everywhere)
-
-
-class GradientOracle:
-    """Gradients of two layers that share keys, values and a workspace, in float64 and in the working dtype.
-
-    Of large problems the loss reads spot rows only: the others' gradients are zero, and the oracle computes no others.
-    """
-
-    def __init__(self, inputs: Inputs, scale: float) -> None:
-        self.inputs, self.scale = inputs, scale
-        of_a_row = inputs.query.shape[:4].numel() // inputs.query.shape[1] * inputs.key.shape[2]
-        spots = max(LEAST_GRADIENT_ROWS, GRADIENT_SCORES // of_a_row)
-        self.rows = compared_rows(inputs, FULL_GRADIENT_SCORES, spots)
-        self.truth = self._of_reference("float64")
-        self.usual = self._of_reference(str(inputs.query.dtype).removeprefix("torch."))
-
-    def _of_reference(self, dtype: str) -> list[Tensor]:
-        def run(case: Inputs, workspace: Workspace | None) -> Tensor:
-            tensors = case.query, case.key, case.value
-            return reference.run(*tensors, case.selection, scale=self.scale, compute_dtype=dtype)
-
-        query, key, value, selection = selected_rows(self.inputs, self.rows)
-        kind = TORCH_DTYPES[dtype]
-        cast = Inputs(query.to(kind), key.to(kind), value.to(kind), selection, None)
-        found, *rest = two_layers(run, cast, None, torch.arange(len(self.rows), device=query.device))
-        whole = torch.zeros_like(self.inputs.query, dtype=found.dtype)
-        whole[:, self.rows] = found
-        return [whole, *rest]
-
-    def compare(self, call: Call, workspace: Workspace) -> None:
-        """Two steps with one workspace, poisoned in between. Raises WrongResult."""
-        for step in ("first", "second"):
-            gradients = two_layers(call, self.inputs, workspace, self.rows)
-            for name, found, want, usual in zip("qkv", gradients, self.truth, self.usual, strict=True):
-                floor = 4 * torch.finfo(self.inputs.query.dtype).eps * float(want.abs().max())
-                bound = max(2 * float((usual.double() - want).abs().max()), floor)
-                error = float((found.double() - want).abs().max())
-                if not error <= bound:
-                    raise WrongResult(f"{step} step: gradient of {name} off by {error:.3g}, derived bound {bound:.3g}")
-            workspace.poison()
-
-
-def two_layers(run: Call, case: Inputs, workspace: Workspace | None, rows: Tensor) -> list[Tensor]:
-    """Gradients with respect to query, key and value through two calls, the second reading the first one's output, of a
-    loss over the query tokens ``rows``."""
-    leaves = [tensor.detach().clone().requires_grad_() for tensor in (case.query, case.key, case.value)]
-    query, key, value = leaves
-    width = query.shape[-1]
-    out = run(Inputs(query, key, value, case.selection, None), workspace)
-    mixed = torch.nn.functional.pad(out, (0, max(0, width - out.shape[-1])))[..., :width]
-    again = run(Inputs(query + mixed, key, value, case.selection, None), workspace)
-    weight = torch.linspace(-1, 1, again.shape[-1], device=again.device, dtype=again.dtype)
-    return list(torch.autograd.grad((again[:, rows] * weight).sum(), leaves))

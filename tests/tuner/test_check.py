@@ -12,9 +12,11 @@ from nsa.problem import SelectionProblem
 from nsa.selection import Selection
 from nsa.workspace import Workspace
 from tests.tuner.misbehaving import PATHS
+from tuner import gradient_oracle
 from tuner import oracle as oracles
 from tuner.awkward import awkward_inputs, problem_of
 from tuner.check import Checked, Checker
+from tuner.gradient_oracle import GradientOracle
 from tuner.inputs import make_inputs
 from tuner.oracle import Oracle, WrongResult, selected_rows
 
@@ -339,18 +341,18 @@ def test_the_oracles_ranges_of_a_branch_are_counted_one_key_at_a_time(operation:
         assert list(range(start, end)) == read
 
 
-@pytest.mark.parametrize("operation", ["selection", *BRANCHES])
-def test_gradients_of_a_large_problem_are_held_at_spot_rows(operation: str, monkeypatch: Any) -> None:
-    posed = problem(mode="train") if operation == "selection" else branch_problem(operation, mode="train")
-    for name, value in (("FULL_GRADIENT_SCORES", 100), ("GRADIENT_SCORES", 100), ("LEAST_GRADIENT_ROWS", 8)):
-        monkeypatch.setattr(oracles, name, value)
-    inputs = make_inputs(posed, "scored", 0, CPU)
-    found = oracles.GradientOracle(inputs, posed.Dk**-0.5)
-    assert 2 <= len(found.rows) <= 8
+def right(case: Any, _workspace: Any) -> torch.Tensor:
+    """The reference at the scale of ``problem``."""
+    return reference.run(case.query, case.key, case.value, case.selection, scale=8**-0.5).to(case.value.dtype)
 
-    def right(case: Any, _workspace: Any) -> torch.Tensor:
-        out = reference.run(case.query, case.key, case.value, case.selection, scale=posed.Dk**-0.5)
-        return out.to(case.value.dtype)
+
+@pytest.mark.parametrize("operation", BRANCHES)
+def test_gradients_of_a_large_branch_are_held_at_spot_rows(operation: str, monkeypatch: Any) -> None:
+    posed = branch_problem(operation, mode="train")
+    for name, value in (("FULL_GRADIENT_SCORES", 100), ("GRADIENT_SCORES", 100), ("LEAST_GRADIENT_ROWS", 8)):
+        monkeypatch.setattr(gradient_oracle, name, value)
+    found = GradientOracle(make_inputs(posed, "fixed", 0, CPU), posed.Dk**-0.5)
+    assert 2 <= len(found.rows) <= 8
 
     def wrong(case: Any, workspace: Any) -> torch.Tensor:
         return right(case, workspace) + 0.01 * (case.value - case.value.detach()).sum()
@@ -358,6 +360,43 @@ def test_gradients_of_a_large_problem_are_held_at_spot_rows(operation: str, monk
     found.compare(right, Workspace())
     with pytest.raises(WrongResult, match="gradient of v off by"):
         found.compare(wrong, Workspace())
+
+
+def large_train_cases() -> list[Any]:
+    """A problem's own inputs, and every awkward call of it with gradients."""
+    posed = problem(mode="train", B=2, S=33, T=40, G=2, Dv=4)
+    cases = [("random", make_inputs(posed, "random", 0, CPU)), *awkward_inputs(posed, CPU)]
+    return [pytest.param(case, id=name) for name, case in cases if not case.key.isnan().any()]
+
+
+@pytest.mark.parametrize("case", large_train_cases())
+def test_gradients_by_pieces_are_those_of_the_whole(case: Any, monkeypatch: Any) -> None:
+    whole = GradientOracle(case, 8**-0.5)
+    monkeypatch.setattr(gradient_oracle, "FULL_GRADIENT_SCORES", 100)
+    for gathered in (1, 2**13, 2**27):
+        monkeypatch.setattr(gradient_oracle, "GATHERED", gathered)
+        pieces = GradientOracle(case, 8**-0.5)
+        assert pieces.rows.tolist() == list(range(case.query.shape[1]))
+        for found, usual, wanted, other in zip(pieces.truth, pieces.usual, whole.truth, whole.usual, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12 * (1 + float(wanted.abs().max())))
+            error, reference_error = ((x.double() - wanted).abs().max() for x in (usual, other))
+            assert error <= 4 * reference_error + 1e-15, "the bound is the whole's, not a looser one"
+
+
+def test_of_a_large_selection_one_wrong_gradient_of_one_key_is_caught(monkeypatch: Any) -> None:
+    posed = problem(mode="train")
+    monkeypatch.setattr(gradient_oracle, "FULL_GRADIENT_SCORES", 100)
+    monkeypatch.setattr(gradient_oracle, "GATHERED", 2**12)
+    found = GradientOracle(make_inputs(posed, "random", 0, CPU), posed.Dk**-0.5)
+    found.compare(right, Workspace())
+    for token in (0, 17, 39):
+
+        def wrong(case: Any, workspace: Any, token: int = token) -> torch.Tensor:
+            spoilt = case.value[:, :1, token, :1]
+            return right(case, workspace) + 0.01 * (spoilt - spoilt.detach()).sum()
+
+        with pytest.raises(WrongResult, match="gradient of v off by"):
+            found.compare(wrong, Workspace())
 
 
 def test_awkward_inputs_keep_the_problems_heads_dims_and_dtype() -> None:
