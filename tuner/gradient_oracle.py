@@ -63,16 +63,17 @@ class GradientOracle:
         query_grad = torch.empty(inputs.query.shape, dtype=kind, device=inputs.query.device)
         sums = [torch.zeros(t.shape, dtype=torch.float64, device=t.device) for t in (inputs.key, inputs.value)]
         pair = torch.arange(batch * groups, device=inputs.key.device).view(batch, 1, groups, 1) * keys
-        for rows in self.rows.split(step):
+        for first in range(0, len(self.rows), step):
+            rows = self.rows[first : first + step]
             query, key, value, selection = selected_rows(inputs, rows)
             places, read = keys_read(selection, keys)
             flat = (pair + places).flatten()
-            gathered = [t.reshape(-1, t.shape[3])[flat].view(*places.shape, -1).to(kind) for t in (key, value)]
+            own_key, own_value = (t.reshape(-1, t.shape[3])[flat].view(*places.shape, -1) for t in (key, value))
 
             def run(case: Inputs, workspace: Workspace | None, read: Tensor = read) -> Tensor:
                 return attention_over(case.query, case.key, case.value, read, self.scale)
 
-            case = Inputs(query.to(kind), *gathered, selection, None)
+            case = Inputs(query.to(kind), own_key.to(kind), own_value.to(kind), selection, None)
             query_grad[:, rows], *rest = two_layers(run, case, None, torch.arange(len(rows), device=rows.device))
             for total, part in zip(sums, rest, strict=True):
                 total.view(-1, total.shape[3]).index_add_(0, flat, part.flatten(0, 3).double())

@@ -13,9 +13,7 @@ from torch import Tensor
 
 from nsa.errors import ArgumentError
 from nsa.paths import reference
-from nsa.problem import TORCH_DTYPES
 from nsa.selection import Selection, Structure
-from nsa.workspace import Workspace
 from tuner.inputs import Inputs
 
 FULL_SCORES = 2**24

@@ -22,6 +22,9 @@ KERNELS = {
 }
 """The kernel by which each path is recognised. A profiler shows a Triton function under its own name."""
 
+BACKWARD = {"nsa_gradient_rows": 1, "nsa_gradient_block": 0, "nsa_gradient_query": 0, "nsa_gradient_key": 0}
+"""Kernels of the common backward, and how often one call launches them; 0 = at least once."""
+
 
 class Ladder(TypedDict):
     """What a path needs for ``paths.base.Parameter``, which this leaf does not import."""
@@ -154,6 +157,15 @@ def backward_reason(path: str, problem: SelectionProblem, parameters: Mapping[st
     return shared_reason(
         path + " backward", block_bytes(problem) + stages * rows * row_bytes + 2 * rows * problem.block_size * 4
     )
+
+
+def required(path: str, problem: SelectionProblem, device: torch.device, **more: int) -> dict[str, int]:
+    """One launch of a path's kernel, ``more`` others by name, and in mode train the backward's, whose number of spans is
+    its own affair. Nothing under the interpreter, which leaves no trace."""
+    if device.type != "cuda":
+        return {}
+    backward = BACKWARD if problem.mode == "train" else {}
+    return {KERNELS[path]: 1} | {rf"^{name}$": count for name, count in (more | backward).items()}
 
 
 def forbidden(path: str) -> tuple[str, ...]:

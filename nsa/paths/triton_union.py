@@ -62,7 +62,7 @@ def evidence(
     problem: SelectionProblem, device: torch.device, parameters: Parameters, lengths: Sequence[int]
 ) -> Evidence:
     """One launch of its kernel and of the one that makes the unions; the interpreter leaves no trace."""
-    required = {support.KERNELS["triton_union"]: 1, r"^nsa_union_entries$": 1} if device.type == "cuda" else {}
+    required = support.required("triton_union", problem, device, nsa_union_entries=1)
     return Evidence(required=required, forbidden=support.forbidden("triton_union"))
 
 

@@ -16,7 +16,7 @@ from tests.interpreter import prepare
 INTERPRETED = prepare()
 
 from nsa.errors import ArgumentError, UnsupportedPathError  # noqa: E402  kernels load Triton, which asks for its mode once
-from nsa.kernels import decode, invert, support  # noqa: E402
+from nsa.kernels import decode, gradient, invert, support  # noqa: E402
 from nsa.kernels.launch import call_key  # noqa: E402
 from nsa.paths import PATHS  # noqa: E402
 from nsa.paths.reference import selected_keys  # noqa: E402
@@ -242,9 +242,7 @@ def test_gradients_of_several_spans_add_up(monkeypatch: pytest.MonkeyPatch) -> N
     case = Case(S=70, T=70, h=1, n=3)
     rest = {"order": "group", "backward_rows": 16, "backward_item_rows": 32}
     for span, walk in ((0, 0), (32, 32), (0, 32), (64, 32)):
-        assert_gradients(
-            case, case.gradients("triton_token", {**rest, "backward_span": span, "backward_walk": walk})
-        )
+        assert_gradients(case, case.gradients("triton_token", {**rest, "backward_span": span, "backward_walk": walk}))
 
 
 @every_path
@@ -361,6 +359,18 @@ def test_what_cannot_run_is_said_before_and_defaults_stand_on_their_ladders(path
     assert PATHS[path].unsupported_reason(
         problem_of(case, "train"), DEVICE, PATHS[path].defaults(problem_of(case, "train"), DEVICE)
     ) is None  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ["triton_token", "triton_union", "triton_block", "triton_decode"])
+def test_in_train_and_only_there_a_path_declares_the_kernels_of_its_backward(path: str) -> None:
+    case, cuda = Case(h=16), torch.device("cuda")
+    for mode in ("prefill", "train"):
+        problem = problem_of(case, mode)
+        declared = PATHS[path].evidence(problem, cuda, PATHS[path].defaults(problem, DEVICE), [39]).required
+        assert support.KERNELS[path] in declared
+        for name in support.BACKWARD:
+            assert callable(getattr(gradient, name))
+            assert (rf"^{name}$" in declared) == (mode == "train")
 
 
 def test_a_layout_that_cannot_be_loaded_is_refused_not_copied() -> None:
