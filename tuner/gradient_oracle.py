@@ -1,8 +1,8 @@
-"""Gradient oracle: what a call's gradients must be, in float64, and by how much they may differ. ``tuner.check`` asks it.
+"""Gradient oracle: what a call's gradients must be, in float64, and by how much they may differ. Asked by ``check``.
 
-Of a call with few scores, and of a window or compression, by ``reference`` as a whole. Of a larger selection in blocks by
-pieces of its query tokens: a row's gradients follow from the keys that it selects alone, and a key's are the sum over
-rows, so the pieces are gathered, done apart and added up in float64. Nothing is left out.
+Of a call with few scores, and of a window or compression, by ``reference`` as a whole. Of a larger selection in blocks
+by pieces of its query tokens: a row's gradients follow from the keys that it selects alone, and a key's are the sum
+over rows, so the pieces are gathered, done apart and added up in float64. Nothing is left out.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ class GradientOracle:
 
 
 def keys_read(selection: Selection, keys: int) -> tuple[Tensor, Tensor]:
-    """Of a selection in blocks with positions: the key at each of a row's places, (B, S, G, n * block size), and whether
-    the row reads it there: below its limits, and in no earlier slot. From the definition, one slot at a time."""
+    """Of a selection in blocks with positions: the key at each of a row's places, (B, S, G, n * block size), and
+    whether the row reads it there: below its limits, and in no earlier slot. From the definition, slot by slot."""
     size, raw = selection.block_size, selection.indices
     assert selection.query_positions is not None, "selected_rows makes them explicit"
     batch, queries, _, slots = raw.shape

@@ -39,24 +39,19 @@ def nsa_gradient_rows(
 
 
 @triton.jit
-def query_product(slope, k, M: tl.constexpr):
-    """slope (keys, M) and k (keys, D) to (M, D); transposed where M is too small for a warpgroup's 64 rows."""
-    if M % 64 == 0:
-        dq = tl.dot(tl.trans(slope), k, input_precision="ieee")
-    else:
-        dq = tl.trans(tl.dot(tl.trans(k), slope, input_precision="ieee"))
-    return dq
-
-
-@triton.jit
-def store_partial(
-    dq, PAIRS, start, high, target, first_pair,
+def store_query_part(
+    slope, k, PAIRS, start, high, target, first_pair,
     M: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, DK: tl.constexpr, COLUMN: tl.constexpr, PADDED: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Store partial query gradients dq (M, PADDED) as the tensor core holds them: a thread's eight values of 32 columns
-    side by side (``held_column``), so that they leave in pieces of 16 bytes without a turn through shared memory."""
+    """Multiply slope (keys, M) with k (keys, PADDED) and store the partial query gradients (M, PADDED).
+
+    They are stored as the tensor core holds them, a thread's values side by side, so that they leave in pieces of up to
+    16 bytes without a turn through shared memory; ``gradient_sums.in_order`` puts them right. Fewer rows than a
+    warpgroup's 64 are multiplied transposed.
+    """
     if M % 64 == 0 and PADDED % 32 == 0:
+        dq = tl.dot(tl.trans(slope), k, input_precision="ieee")
         tiles: tl.constexpr = M // 64
         groups: tl.constexpr = PADDED // 32
         part = dq.reshape(tiles, 4, 2, 8, groups, 4, 4, 2)  # tile, warp, half, row, group, eight, pair, one
@@ -65,17 +60,25 @@ def store_partial(
         row = tl.arange(0, 8)[:, None, None] + (tl.arange(0, 4) * 16)[None, :, None]
         row = (row + (unit // 2 * 64 + unit % 2 * 8)[None, None, :])[:, :, :, None]
         column = (tl.arange(0, groups) * 32 + COLUMN)[:, None] + tl.arange(0, 32)[None, :]
+    elif M % 8 == 0 and PADDED % 64 == 0:
+        dq = tl.dot(tl.trans(k), slope, input_precision="ieee")
+        part = dq.reshape(PADDED // 64, 4, 2, 8, M // 8, 4, 2)  # tile, warp, half, column, eight, pair, one
+        part = tl.permute(part, (5, 3, 1, 4, 6, 0, 2)).reshape(4, 8, 4, M // 4, PADDED // 32)
+        unit = tl.arange(0, M // 4)
+        row = (tl.arange(0, 4) * 2)[:, None] + (unit // 2 * 8 + unit % 2)[None, :]
+        row = row[:, None, None, :]
+        column = (tl.arange(0, 8) * (PADDED // 32))[:, None] + (tl.arange(0, 4) * (PADDED // 4))[None, :]
+        column = column[:, :, None, None] + (COLUMN + tl.arange(0, PADDED // 32))[None, None, None, :]
     else:
-        part = dq
+        part = tl.trans(tl.dot(tl.trans(k), slope, input_precision="ieee"))
         row = tl.arange(0, M)
-        column = tl.arange(0, PADDED) + COLUMN
+        column = COLUMN + tl.arange(0, PADDED)
     place = start + row // HP
     head = row % HP
-    there = (place < high) & (head < H)
     pair = tl.load(PAIRS + tl.minimum(place, high - 1)) - first_pair
     pair = pair.to(tl.int64) if WIDE else pair
     offset = tl.expand_dims((pair * H + head) * DK, -1) + column
-    keep = tl.expand_dims(there, -1) & (column < DK)
+    keep = tl.expand_dims((place < high) & (head < H), -1) & (column < DK)
     tl.store(target + offset, part.to(target.dtype.element_ty), mask=keep)
 
 
@@ -87,8 +90,8 @@ def nsa_gradient_block(
     DK1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BS: tl.constexpr, TENSOR_LENGTH: tl.constexpr,
     TOKENS: tl.constexpr, SPAN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * G * units * item_slots,): item i of a unit, of the ``units`` from ``span`` on of each (b, g). Scores stand
-    transposed, (keys, rows): they enter the key and value products from registers."""
+    """Grid (B * G * units * item_slots,): item i of a unit, of the ``units`` from ``span`` on of each (b, g). Scores
+    stand transposed, (keys, rows): they enter the key and value products from registers."""
     M: tl.constexpr = TOKENS * HP
     pid = tl.program_id(0)
     i = pid % item_slots
@@ -147,12 +150,10 @@ def nsa_gradient_block(
             fall = tl.dot(v, tl.trans(grad), input_precision="ieee")
             slope = (weight * (fall - delta[None, :])).to(q0.dtype)
             dk0 = tl.dot(slope, q0, dk0, input_precision="ieee")
-            dq0 = query_product(slope, k0, M)
-            store_partial(dq0, pairs, start, high, target, first_pair, M, H, HP, DK, 0, DK0, WIDE)
+            store_query_part(slope, k0, pairs, start, high, target, first_pair, M, H, HP, DK, 0, DK0, WIDE)
             if DK1 > 0:
                 dk1 = tl.dot(slope, q1, dk1, input_precision="ieee")
-                dq1 = query_product(slope, k1, M)
-                store_partial(dq1, pairs, start, high, target, first_pair, M, H, HP, DK, DK0, DK1, WIDE)
+                store_query_part(slope, k1, pairs, start, high, target, first_pair, M, H, HP, DK, DK0, DK1, WIDE)
         part = PART_KV + (pid.to(tl.int64) * BS + keys)[:, None] * (DK + DV)
         tl.store(part + columns0[None, :], dk0, mask=(columns0 < DK)[None, :])
         if DK1 > 0:

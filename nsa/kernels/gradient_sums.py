@@ -8,9 +8,21 @@ import triton.language as tl
 
 
 @triton.jit
+def in_order(part, TILE: tl.constexpr, HP: tl.constexpr, PADDED: tl.constexpr, M: tl.constexpr):
+    """Columns of (TILE, HP, PADDED) as they were before ``gradient_products.store_query_part`` with M rows."""
+    if M % 64 == 0 and PADDED % 32 == 0:
+        part = part.reshape(TILE, HP, PADDED // 32, 4, 4, 2)  # group, pair, eight, one
+        part = tl.permute(part, (0, 1, 2, 4, 3, 5)).reshape(TILE, HP, PADDED)
+    elif M % 8 == 0 and PADDED % 64 == 0:
+        part = part.reshape(TILE, HP, 4, 8, PADDED // 64, 2)  # warp, column, tile, half
+        part = tl.permute(part, (0, 1, 4, 2, 5, 3)).reshape(TILE, HP, PADDED)
+    return part
+
+
+@triton.jit
 def sum_of_partials(
     PART_Q, chosen, place, real, heads, COLUMN: tl.constexpr, PADDED: tl.constexpr, H: tl.constexpr, HP: tl.constexpr,
-    N: tl.constexpr, DK: tl.constexpr, TILE: tl.constexpr, PERMUTED: tl.constexpr,
+    N: tl.constexpr, DK: tl.constexpr, TILE: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """(TILE, HP, PADDED) float32: partials of some tokens, columns COLUMN .. COLUMN + PADDED in their own order."""
     UNROLL: tl.constexpr = min(N, 8)
@@ -22,20 +34,17 @@ def sum_of_partials(
         source = ((place + slot)[:, None] * H + heads[None, :]) * DK
         part = tl.load(PART_Q + source[:, :, None] + columns[None, None, :], mask=here[:, :, None] & inside, other=0.0)
         total += part.to(tl.float32)
-    if PERMUTED and PADDED % 32 == 0:  # as store_partial left them
-        total = total.reshape(TILE, HP, PADDED // 32, 4, 4, 2)
-        total = tl.permute(total, (0, 1, 2, 4, 3, 5)).reshape(TILE, HP, PADDED)
-    return total
+    return in_order(total, TILE, HP, PADDED, M)
 
 
 @triton.jit(do_not_specialize=["S", "first_token", "held"])
 def nsa_gradient_query(
     PART_Q, CHOSEN, DQ, S, G, first_token, held, scale,
     H: tl.constexpr, HP: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, DK: tl.constexpr, DK0: tl.constexpr,
-    DK1: tl.constexpr, TILE: tl.constexpr, PERMUTED: tl.constexpr,
+    DK1: tl.constexpr, TILE: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * G * tiles,): a row's query gradient is ``scale`` times the sum of its partials, of which those of ``held``
-    tokens are there."""
+    """Grid (B * G * tiles,): a row's query gradient is ``scale`` times the sum of its partials, of which those of
+    ``held`` tokens are there."""
     tiles = tl.cdiv(held, TILE)
     pid = tl.program_id(0)
     bg = (pid // tiles).to(tl.int64)
@@ -47,12 +56,12 @@ def nsa_gradient_query(
     place = (bg * held + local) * NP
     row = ((((bg // G) * S + s) * G + bg % G)[:, None] * H + heads[None, :]) * DK
     columns0 = tl.arange(0, DK0)
-    total0 = sum_of_partials(PART_Q, chosen, place, real, heads, 0, DK0, H, HP, N, DK, TILE, PERMUTED)
+    total0 = sum_of_partials(PART_Q, chosen, place, real, heads, 0, DK0, H, HP, N, DK, TILE, M)
     tl.store(DQ + row[:, :, None] + columns0[None, None, :], (total0 * scale).to(DQ.dtype.element_ty),
              mask=real[:, :, None] & (columns0 < DK)[None, None, :])  # fmt: skip
     if DK1 > 0:
         columns1 = DK0 + tl.arange(0, DK1)
-        total1 = sum_of_partials(PART_Q, chosen, place, real, heads, DK0, DK1, H, HP, N, DK, TILE, PERMUTED)
+        total1 = sum_of_partials(PART_Q, chosen, place, real, heads, DK0, DK1, H, HP, N, DK, TILE, M)
         tl.store(DQ + row[:, :, None] + columns1[None, None, :], (total1 * scale).to(DQ.dtype.element_ty),
                  mask=real[:, :, None] & (columns1 < DK)[None, None, :])  # fmt: skip
 

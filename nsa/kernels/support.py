@@ -160,8 +160,8 @@ def backward_reason(path: str, problem: SelectionProblem, parameters: Mapping[st
 
 
 def required(path: str, problem: SelectionProblem, device: torch.device, **more: int) -> dict[str, int]:
-    """One launch of a path's kernel, ``more`` others by name, and in mode train the backward's, whose number of spans is
-    its own affair. Nothing under the interpreter, which leaves no trace."""
+    """One launch of a path's kernel, ``more`` others by name, and in mode train the backward's. Nothing under the
+    interpreter, which leaves no trace."""
     if device.type != "cuda":
         return {}
     backward = BACKWARD if problem.mode == "train" else {}
