@@ -41,7 +41,7 @@ def nsa_gradient_rows(
 @triton.jit
 def store_query_part(
     slope, k, PAIRS, start, high, target, first_pair,
-    M: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, DK: tl.constexpr, COLUMN: tl.constexpr, PADDED: tl.constexpr,
+    M: tl.constexpr, H: tl.constexpr, TOKENS: tl.constexpr, DK: tl.constexpr, COLUMN: tl.constexpr, PADDED: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """Multiply slope (keys, M) with k (keys, PADDED) and store the partial query gradients (M, PADDED).
@@ -73,8 +73,8 @@ def store_query_part(
         part = tl.trans(tl.dot(tl.trans(k), slope, input_precision="ieee"))
         row = tl.arange(0, M)
         column = COLUMN + tl.arange(0, PADDED)
-    place = start + row // HP
-    head = row % HP
+    place = start + row % TOKENS
+    head = row // TOKENS
     pair = tl.load(PAIRS + tl.minimum(place, high - 1)) - first_pair
     pair = pair.to(tl.int64) if WIDE else pair
     offset = tl.expand_dims((pair * H + head) * DK, -1) + column
@@ -108,7 +108,7 @@ def nsa_gradient_block(
         high = tl.load(item + 2)
         length = key_count(LENGTH, b, T, TENSOR_LENGTH)
         rows = tl.arange(0, M)
-        head = rows % HP
+        head = rows // TOKENS  # heads side by side: a thread's rows are of few tokens
         keys = tl.arange(0, BS)
         columns0 = tl.arange(0, DK0)
         columns = tl.arange(0, DVP)
@@ -125,11 +125,13 @@ def nsa_gradient_block(
         pairs = PAIRS + unit * (SPAN * NP)
         target = PART_Q + held.to(tl.int64) * (SPAN * NP * H * DK)
         first_pair = own * (SPAN * NP)
+        # past the end the last pair stands again: every load is of a row that exists, and weighs nothing
+        tokens = tl.arange(0, TOKENS)
+        ahead = tl.load(pairs + tl.minimum(low + tokens, high - 1))
         for start in range(low, high, TOKENS):
-            place = start + rows // HP
-            # past the end the last pair stands again: every load is of a row that exists, and weighs nothing
-            pair = tl.load(pairs + tl.minimum(place, high - 1))
-            s = pair // NP
+            place = start + rows % TOKENS
+            s = tl.broadcast_to((ahead // NP)[None, :], [HP, TOKENS]).reshape(M)
+            ahead = tl.load(pairs + tl.minimum(start + TOKENS + tokens, high - 1))
             s = s.to(tl.int64) if WIDE else s
             local = s * (G * H) + tl.minimum(head, H - 1)
             known = tl.load(ROWS + row * 4 + local[:, None] * 4 + tl.arange(0, 4)[None, :])
@@ -150,10 +152,10 @@ def nsa_gradient_block(
             fall = tl.dot(v, tl.trans(grad), input_precision="ieee")
             slope = (weight * (fall - delta[None, :])).to(q0.dtype)
             dk0 = tl.dot(slope, q0, dk0, input_precision="ieee")
-            store_query_part(slope, k0, pairs, start, high, target, first_pair, M, H, HP, DK, 0, DK0, WIDE)
+            store_query_part(slope, k0, pairs, start, high, target, first_pair, M, H, TOKENS, DK, 0, DK0, WIDE)
             if DK1 > 0:
                 dk1 = tl.dot(slope, q1, dk1, input_precision="ieee")
-                store_query_part(slope, k1, pairs, start, high, target, first_pair, M, H, HP, DK, DK0, DK1, WIDE)
+                store_query_part(slope, k1, pairs, start, high, target, first_pair, M, H, TOKENS, DK, DK0, DK1, WIDE)
         part = PART_KV + (pid.to(tl.int64) * BS + keys)[:, None] * (DK + DV)
         tl.store(part + columns0[None, :], dk0, mask=(columns0 < DK)[None, :])
         if DK1 > 0:
