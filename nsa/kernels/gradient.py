@@ -3,8 +3,7 @@
 Key and value gradients grow in registers, one partial per item of ``invert`` (popular blocks are split), added in
 order afterwards; each pair (row, block) leaves a partial query gradient, added per row afterwards. No atomics on
 gradients: the result is the same in every run. ``span`` bounds the partials' memory: spans are worked on one after the
-other and key and value gradients then add up in float32. Items are cut every ``walk`` tokens and ordered by token, so
-that the queries and gradients that programs read at the same time fit the second-level cache.
+other and key and value gradients then add up in float32.
 """
 
 from __future__ import annotations
@@ -26,6 +25,11 @@ from .invert import Lists, invert
 from .launch import Plan, call_key, plans
 from .layout import LOG2E, power_of_two, selection_arguments, shape_constants, wide_offsets
 
+WALK_BYTES = 2**25
+"""Programs walk the queries and output gradients of so many bytes at a time, half of an H200's second-level cache."""
+COLUMNS = 32
+"""Columns of a key or value gradient that one program adds up."""
+
 Forward = Callable[[Tensor, Tensor, Tensor, Selection, float, Tensor | None], Tensor]
 
 
@@ -42,7 +46,6 @@ def backward(
     backward_rows: ParameterValue = 64,
     backward_item_rows: ParameterValue = 4096,
     backward_span: ParameterValue = 16384,
-    backward_walk: ParameterValue = 4096,
     backward_partial: ParameterValue = "value",
     backward_warps: ParameterValue = 4,
     backward_stages: ParameterValue = 3,
@@ -54,8 +57,10 @@ def backward(
     constants = shape_constants(query, value, selection)
     padded = int(constants["HP"])
     tokens = max(1, int(backward_rows) // padded)
-    lists = invert(selection, keys, span=int(backward_walk), item_tokens=max(tokens, int(backward_item_rows) // padded))
-    units = min(lists.spans, max(1, triton.cdiv(int(backward_span) or queries, lists.span_tokens)))
+    span_tokens = int(backward_span) or queries
+    walk = max(1, min(span_tokens, WALK_BYTES // (heads * (width + value_width) * query.element_size())))
+    lists = invert(selection, keys, span=walk, item_tokens=max(tokens, int(backward_item_rows) // padded))
+    units = min(lists.spans, triton.cdiv(span_tokens, lists.span_tokens))
     held = units * lists.span_tokens
     grad = grad.contiguous()
     known_of_rows = torch.empty(logsum.numel() * 4, dtype=torch.float32, device=device)
@@ -104,10 +109,6 @@ def backward(
             lists.blocks, scale,
         )  # fmt: skip
     return query_grad, key_grad.to(key.dtype), value_grad.to(value.dtype)
-
-
-COLUMNS = 32
-"""Columns of a key or value gradient that one program adds up."""
 
 
 def _plan(

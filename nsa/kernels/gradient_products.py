@@ -41,8 +41,8 @@ def nsa_gradient_rows(
 @triton.jit
 def store_query_part(
     slope, k, PAIRS, start, high, target, first_pair,
-    M: tl.constexpr, H: tl.constexpr, TOKENS: tl.constexpr, DK: tl.constexpr, COLUMN: tl.constexpr, PADDED: tl.constexpr,
-    WIDE: tl.constexpr,
+    M: tl.constexpr, H: tl.constexpr, TOKENS: tl.constexpr, DK: tl.constexpr, COLUMN: tl.constexpr,
+    PADDED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Multiply slope (keys, M) with k (keys, PADDED) and store the partial query gradients (M, PADDED).
 

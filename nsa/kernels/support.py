@@ -139,7 +139,6 @@ def backward_ladders(problem: SelectionProblem) -> list[Ladder]:
         {"name": "backward_rows", "ladder": (32, 64, 128), "default": 32 if wide else 64},
         {"name": "backward_item_rows", "ladder": (1024, 2048, 4096), "default": 4096},
         {"name": "backward_span", "ladder": (0, 4096, 16384, 65536), "default": 16384},
-        {"name": "backward_walk", "ladder": (0, 1024, 2048, 4096), "default": 4096},
         {"name": "backward_partial", "ladder": ("value", "float32"), "default": "value"},
         {"name": "backward_warps", "ladder": (4, 8), "default": 4},
         {"name": "backward_stages", "ladder": (2, 3, 4), "default": 2 if wide else 3},

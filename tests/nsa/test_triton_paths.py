@@ -242,8 +242,9 @@ def test_gradients_of_several_spans_add_up(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(invert, "BITMAP_TOKENS", 32)
     case = Case(S=70, T=70, h=1, n=3)
     rest = {"order": "group", "backward_rows": 16, "backward_item_rows": 32}
-    for span, walk in ((0, 0), (32, 32), (0, 32), (64, 32)):
-        assert_gradients(case, case.gradients("triton_token", {**rest, "backward_span": span, "backward_walk": walk}))
+    for span, walk_bytes in ((0, 2**25), (32, 1), (0, 1), (64, 1)):
+        monkeypatch.setattr(gradient, "WALK_BYTES", walk_bytes)
+        assert_gradients(case, case.gradients("triton_token", {**rest, "backward_span": span}))
 
 
 @every_path
