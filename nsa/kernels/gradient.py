@@ -133,9 +133,7 @@ def _plan(
     return {
         "rows": Plan(nsa_gradient_rows, {**of_rows, "TILE": 32}, few),
         "block": Plan(nsa_gradient_block, {**constants, "TOKENS": tokens, "SPAN": lists.span_tokens}, options),
-        "query": Plan(
-            nsa_gradient_query, {**sizes, "TILE": tile, "M": tokens * constants["HP"]}, few
-        ),
+        "query": Plan(nsa_gradient_query, {**sizes, "TILE": tile, "M": tokens * constants["HP"]}, few),
         **keys,
     }
 

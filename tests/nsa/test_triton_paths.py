@@ -198,6 +198,13 @@ def test_gradients_match_the_oracle_and_every_element_is_written(
     assert_gradients(case, case.gradients(path, {**parameters, "backward_rows": 16, "backward_item_rows": 16}))
 
 
+@pytest.mark.parametrize("positions", [None, (3, 36, 0, 20, 11)])
+def test_gradients_end_where_a_rows_limit_does(positions: tuple[int, ...] | None, poisoned: None) -> None:
+    given = None if positions is None else torch.tensor(positions, device=DEVICE)
+    case = Case(B=2, S=5, T=37, G=2, n=3, lengths=(21, 37), query_positions=given)
+    assert_gradients(case, case.gradients("triton_token", {"order": "group", "backward_rows": 16}))
+
+
 @pytest.mark.parametrize(("heads", "width", "rows"), [(16, 64, 64), (3, 96, 64), (1, 32, 128), (4, 192, 16)])
 def test_partials_as_the_tensor_core_holds_them_add_up(heads: int, width: int, rows: int, poisoned: None) -> None:
     case = Case(S=21, T=41, G=2, h=heads, Dk=width, Dv=16)
