@@ -27,6 +27,8 @@ from .layout import LOG2E, power_of_two, selection_arguments, shape_constants, w
 
 WALK_BYTES = 2**25
 """Programs walk the queries and output gradients of so many bytes at a time, half of an H200's second-level cache."""
+ELEMENTS = 2048
+"""Elements of a query gradient that one program adds up."""
 COLUMNS = 32
 """Columns of a key or value gradient that one program adds up."""
 
@@ -76,7 +78,7 @@ def backward(
     part_keys = torch.empty(part_items * (width + value_width), dtype=sums, device=device)
     length, positions, *position_strides = selection_arguments(selection)
     wide = wide_offsets(pairs * heads * width, query, grad)
-    tile = min(lists.tile, max(1, 2048 // (padded * power_of_two(width, 16))))
+    tile = min(lists.tile, max(1, ELEMENTS // (padded * power_of_two(width, 16))))
     name = call_key(
         query, key, value, selection, "gradient", grad.dtype, (grad.data_ptr() | out.data_ptr()) & 15, tokens,
         lists.span_tokens, single, wide, part_dtype, backward_warps, backward_stages, backward_registers,

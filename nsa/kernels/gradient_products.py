@@ -40,11 +40,11 @@ def nsa_gradient_rows(
 
 @triton.jit
 def store_query_part(
-    slope, k, PAIRS, start, high, target, first_pair,
-    M: tl.constexpr, H: tl.constexpr, TOKENS: tl.constexpr, DK: tl.constexpr, COLUMN: tl.constexpr,
-    PADDED: tl.constexpr, WIDE: tl.constexpr,
+    slope, k, target, place, keep,
+    M: tl.constexpr, DK: tl.constexpr, COLUMN: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Multiply slope (keys, M) with k (keys, PADDED) and store the partial query gradients (M, PADDED).
+    """Multiply slope (keys, M) with k (keys, PADDED) and store the partial query gradients (M, PADDED) as rows
+    ``place`` (M,) of ``target``, where ``keep`` (M,) says so.
 
     They are stored as the tensor core holds them, a thread's values side by side, so that they leave in pieces of up to
     16 bytes without a turn through shared memory; ``gradient_sums.in_order`` puts them right. Fewer rows than a
@@ -56,30 +56,25 @@ def store_query_part(
         groups: tl.constexpr = PADDED // 32
         part = dq.reshape(tiles, 4, 2, 8, groups, 4, 4, 2)  # tile, warp, half, row, group, eight, pair, one
         part = tl.permute(part, (3, 1, 0, 2, 4, 6, 5, 7)).reshape(8, 4, tiles * 2, groups, 32)
-        unit = tl.arange(0, tiles * 2)
-        row = tl.arange(0, 8)[:, None, None] + (tl.arange(0, 4) * 16)[None, :, None]
-        row = (row + (unit // 2 * 64 + unit % 2 * 8)[None, None, :])[:, :, :, None]
-        column = (tl.arange(0, groups) * 32 + COLUMN)[:, None] + tl.arange(0, 32)[None, :]
+        place = tl.permute(place.reshape(tiles, 4, 2, 8), (3, 1, 0, 2)).reshape(8, 4, tiles * 2, 1)
+        keep = tl.permute(keep.reshape(tiles, 4, 2, 8), (3, 1, 0, 2)).reshape(8, 4, tiles * 2, 1)
+        column = (tl.arange(0, groups) * 32)[:, None] + tl.arange(0, 32)[None, :]
     elif M % 8 == 0 and PADDED % 64 == 0:
         dq = tl.dot(tl.trans(k), slope, input_precision="ieee")
         part = dq.reshape(PADDED // 64, 4, 2, 8, M // 8, 4, 2)  # tile, warp, half, column, eight, pair, one
         part = tl.permute(part, (5, 3, 1, 4, 6, 0, 2)).reshape(4, 8, 4, M // 4, PADDED // 32)
-        unit = tl.arange(0, M // 4)
-        row = (tl.arange(0, 4) * 2)[:, None] + (unit // 2 * 8 + unit % 2)[None, :]
-        row = row[:, None, None, :]
+        place = tl.permute(place.reshape(M // 8, 4, 2), (1, 0, 2)).reshape(4, 1, 1, M // 4)
+        keep = tl.permute(keep.reshape(M // 8, 4, 2), (1, 0, 2)).reshape(4, 1, 1, M // 4)
         column = (tl.arange(0, 8) * (PADDED // 32))[:, None] + (tl.arange(0, 4) * (PADDED // 4))[None, :]
-        column = column[:, :, None, None] + (COLUMN + tl.arange(0, PADDED // 32))[None, None, None, :]
+        column = column[:, :, None, None] + tl.arange(0, PADDED // 32)[None, None, None, :]
     else:
         part = tl.trans(tl.dot(tl.trans(k), slope, input_precision="ieee"))
-        row = tl.arange(0, M)
-        column = COLUMN + tl.arange(0, PADDED)
-    place = start + row % TOKENS
-    head = row // TOKENS
-    pair = tl.load(PAIRS + tl.minimum(place, high - 1)) - first_pair
-    pair = pair.to(tl.int64) if WIDE else pair
-    offset = tl.expand_dims((pair * H + head) * DK, -1) + column
-    keep = tl.expand_dims((place < high) & (head < H), -1) & (column < DK)
-    tl.store(target + offset, part.to(target.dtype.element_ty), mask=keep)
+        column = tl.arange(0, PADDED)
+    column += COLUMN
+    keep = tl.expand_dims(keep, -1)
+    if COLUMN + PADDED > DK:
+        keep = keep & (column < DK)
+    tl.store(target + (tl.expand_dims(place, -1) * DK + column), part.to(target.dtype.element_ty), mask=keep)
 
 
 @triton.jit(do_not_specialize=["S", "T", "spans", "span", "units", "item_slots"])
@@ -129,7 +124,10 @@ def nsa_gradient_block(
         tokens = tl.arange(0, TOKENS)
         ahead = tl.load(pairs + tl.minimum(low + tokens, high - 1))
         for start in range(low, high, TOKENS):
-            place = start + rows % TOKENS
+            there = (start + rows % TOKENS < high) & (head < H)
+            left = ahead - first_pair
+            left = (left.to(tl.int64) if WIDE else left) * H
+            left = (left[None, :] + tl.arange(0, HP)[:, None]).reshape(M)
             s = tl.broadcast_to((ahead // NP)[None, :], [HP, TOKENS]).reshape(M)
             ahead = tl.load(pairs + tl.minimum(start + TOKENS + tokens, high - 1))
             s = s.to(tl.int64) if WIDE else s
@@ -138,7 +136,7 @@ def nsa_gradient_block(
             ends, delta = tl.split(known.reshape(M, 2, 2))
             logsum, limit = tl.split(ends)
             delta, _ = tl.split(delta)
-            limit = tl.where((place < high) & (head < H), limit.to(tl.int32, bitcast=True), 0)
+            limit = tl.where(there, limit.to(tl.int32, bitcast=True), 0)
             q0 = gather_rows(base, s * sqs + head * sqh, head, H, HP, 0, DK, DK0)
             grad = gather_rows(GRAD + row * DV, local * DV, head, H, HP, 0, DV, DVP)
             score = tl.dot(k0, tl.trans(q0), input_precision="ieee")
@@ -152,10 +150,10 @@ def nsa_gradient_block(
             fall = tl.dot(v, tl.trans(grad), input_precision="ieee")
             slope = (weight * (fall - delta[None, :])).to(q0.dtype)
             dk0 = tl.dot(slope, q0, dk0, input_precision="ieee")
-            store_query_part(slope, k0, pairs, start, high, target, first_pair, M, H, TOKENS, DK, 0, DK0, WIDE)
+            store_query_part(slope, k0, target, left, there, M, DK, 0, DK0)
             if DK1 > 0:
                 dk1 = tl.dot(slope, q1, dk1, input_precision="ieee")
-                store_query_part(slope, k1, pairs, start, high, target, first_pair, M, H, TOKENS, DK, DK0, DK1, WIDE)
+                store_query_part(slope, k1, target, left, there, M, DK, DK0, DK1)
         part = PART_KV + (pid.to(tl.int64) * BS + keys)[:, None] * (DK + DV)
         tl.store(part + columns0[None, :], dk0, mask=(columns0 < DK)[None, :])
         if DK1 > 0:
