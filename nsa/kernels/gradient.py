@@ -61,7 +61,8 @@ def backward(
     tokens = max(1, int(backward_rows) // padded)
     span_tokens = int(backward_span) or queries
     walk = max(1, min(span_tokens, WALK_BYTES // (heads * (width + value_width) * query.element_size())))
-    lists = invert(selection, keys, span=walk, item_tokens=max(tokens, int(backward_item_rows) // padded))
+    lists = invert(selection, keys, span=walk, item_tokens=max(tokens, int(backward_item_rows) // padded),
+                   placed=True)  # fmt: skip
     units = min(lists.spans, triton.cdiv(span_tokens, lists.span_tokens))
     held = units * lists.span_tokens
     grad = grad.contiguous()
@@ -72,7 +73,7 @@ def backward(
     key_grad = torch.empty(key.shape, dtype=key.dtype if single else sums, device=device)
     value_grad = torch.empty(value.shape, dtype=value.dtype if single else sums, device=device)
     part_dtype = sums if backward_partial == "float32" else query.dtype
-    pairs = lists.span_tokens * int(constants["NP"])
+    pairs = lists.span_tokens * int(constants["N"])
     part_query = torch.empty(batch * groups * units * pairs * heads * width, dtype=part_dtype, device=device)
     part_items = batch * groups * units * lists.item_slots * selection.block_size
     part_keys = torch.empty(part_items * (width + value_width), dtype=sums, device=device)
@@ -103,7 +104,7 @@ def backward(
         )  # fmt: skip
         known["query"](
             batch * groups * triton.cdiv(held, tile),
-            part_query, lists.chosen, query_grad, queries, groups, span * lists.span_tokens, held, scale,
+            part_query, lists.places, lists.chosen, query_grad, queries, groups, span * lists.span_tokens, held, scale,
         )  # fmt: skip
         known["key" if span == 0 else "key_add"](
             batch * groups * lists.blocks * columns,
@@ -135,7 +136,7 @@ def _plan(
     return {
         "rows": Plan(nsa_gradient_rows, {**of_rows, "TILE": 32}, few),
         "block": Plan(nsa_gradient_block, {**constants, "TOKENS": tokens, "SPAN": lists.span_tokens}, options),
-        "query": Plan(nsa_gradient_query, {**sizes, "TILE": tile, "M": tokens * constants["HP"]}, few),
+        "query": Plan(nsa_gradient_query, {**sizes, "TILE": tile, "SPAN": lists.span_tokens, "M": tokens * constants["HP"]}, few),
         **keys,
     }
 

@@ -40,15 +40,17 @@ def nsa_gradient_rows(
 
 @triton.jit
 def store_query_part(
-    slope, k, target, place, keep,
-    M: tl.constexpr, DK: tl.constexpr, COLUMN: tl.constexpr, PADDED: tl.constexpr,
+    slope, k, target, left,
+    M: tl.constexpr, H: tl.constexpr, TOKENS: tl.constexpr, DK: tl.constexpr, COLUMN: tl.constexpr,
+    PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Multiply slope (keys, M) with k (keys, PADDED) and store the partial query gradients (M, PADDED) as rows
-    ``place`` (M,) of ``target``, where ``keep`` (M,) says so.
+    """Multiply slope (keys, M) with k (keys, PADDED) and store the partial query gradients (M, PADDED) at ``target``, of
+    the first ``left`` tokens only.
 
     They are stored as the tensor core holds them, a thread's values side by side, so that they leave in pieces of up to
     16 bytes without a turn through shared memory; ``gradient_sums.in_order`` puts them right. Fewer rows than a
-    warpgroup's 64 are multiplied transposed.
+    warpgroup's 64 are multiplied transposed. Dimensions are kept apart, so that where a value goes is a thread's own
+    place and a constant.
     """
     if M % 64 == 0 and PADDED % 32 == 0:
         dq = tl.dot(tl.trans(slope), k, input_precision="ieee")
@@ -56,25 +58,41 @@ def store_query_part(
         groups: tl.constexpr = PADDED // 32
         part = dq.reshape(tiles, 4, 2, 8, groups, 4, 4, 2)  # tile, warp, half, row, group, eight, pair, one
         part = tl.permute(part, (3, 1, 0, 2, 4, 6, 5, 7)).reshape(8, 4, tiles * 2, groups, 32)
-        place = tl.permute(place.reshape(tiles, 4, 2, 8), (3, 1, 0, 2)).reshape(8, 4, tiles * 2, 1)
-        keep = tl.permute(keep.reshape(tiles, 4, 2, 8), (3, 1, 0, 2)).reshape(8, 4, tiles * 2, 1)
+        unit = tl.arange(0, tiles * 2)
+        row0 = tl.arange(0, 8)[:, None, None, None, None]
+        row1 = tl.arange(0, 4)[None, :, None, None, None] * 16
+        row2 = (unit // 2 * 64 + unit % 2 * 8)[None, None, :, None, None]
         column = (tl.arange(0, groups) * 32)[:, None] + tl.arange(0, 32)[None, :]
     elif M % 8 == 0 and PADDED % 64 == 0:
         dq = tl.dot(tl.trans(k), slope, input_precision="ieee")
         part = dq.reshape(PADDED // 64, 4, 2, 8, M // 8, 4, 2)  # tile, warp, half, column, eight, pair, one
         part = tl.permute(part, (5, 3, 1, 4, 6, 0, 2)).reshape(4, 8, 4, M // 4, PADDED // 32)
-        place = tl.permute(place.reshape(M // 8, 4, 2), (1, 0, 2)).reshape(4, 1, 1, M // 4)
-        keep = tl.permute(keep.reshape(M // 8, 4, 2), (1, 0, 2)).reshape(4, 1, 1, M // 4)
+        unit = tl.arange(0, M // 4)
+        row0 = tl.arange(0, 4)[:, None, None, None, None] * 2
+        row1 = tl.zeros_like(row0)
+        row2 = (unit // 2 * 8 + unit % 2)[None, None, None, :, None]
         column = (tl.arange(0, 8) * (PADDED // 32))[:, None] + (tl.arange(0, 4) * (PADDED // 4))[None, :]
         column = column[:, :, None, None] + tl.arange(0, PADDED // 32)[None, None, None, :]
     else:
         part = tl.trans(tl.dot(tl.trans(k), slope, input_precision="ieee"))
+        row0 = tl.arange(0, M)[:, None]
+        row1 = tl.zeros_like(row0)
+        row2 = row1
         column = tl.arange(0, PADDED)
+    place = row_place(row0, H, TOKENS) + row_place(row1, H, TOKENS) + row_place(row2, H, TOKENS)
+    keep = row0 % TOKENS + row1 % TOKENS + row2 % TOKENS < left
+    if M > TOKENS * H:
+        keep = keep & (row0 // TOKENS + row1 // TOKENS + row2 // TOKENS < H)
     column += COLUMN
-    keep = tl.expand_dims(keep, -1)
     if COLUMN + PADDED > DK:
         keep = keep & (column < DK)
-    tl.store(target + (tl.expand_dims(place, -1) * DK + column), part.to(target.dtype.element_ty), mask=keep)
+    tl.store(target + (place * DK + column), part.to(target.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def row_place(row, H: tl.constexpr, TOKENS: tl.constexpr):
+    """Where a row of a tile stands, tokens outside, heads inside. A sum of rows without common bits goes to the sum."""
+    return row % TOKENS * H + row // TOKENS
 
 
 @triton.jit(do_not_specialize=["S", "T", "spans", "span", "units", "item_slots"])
@@ -92,9 +110,9 @@ def nsa_gradient_block(
     i = pid % item_slots
     held = pid // item_slots
     bg = held // units
-    own = span + held % units
-    unit = (bg * spans + own).to(tl.int64)
-    if i < tl.load(ITEM_COUNT + unit, mask=own < spans, other=0):
+    of_bg = span + held % units
+    unit = (bg * spans + of_bg).to(tl.int64)
+    if i < tl.load(ITEM_COUNT + unit, mask=of_bg < spans, other=0):
         g = bg % G
         b = bg // G
         item = ITEMS + (unit * item_slots + i) * 3
@@ -118,16 +136,11 @@ def nsa_gradient_block(
         base = Q + b.to(tl.int64) * sqb + g.to(tl.int64) * sqg
         row = (b.to(tl.int64) * S * G + g) * H
         pairs = PAIRS + unit * (SPAN * NP)
-        target = PART_Q + held.to(tl.int64) * (SPAN * NP * H * DK)
-        first_pair = own * (SPAN * NP)
+        target = PART_Q + held.to(tl.int64) * (SPAN * N * H * DK)
         # past the end the last pair stands again: every load is of a row that exists, and weighs nothing
         tokens = tl.arange(0, TOKENS)
         ahead = tl.load(pairs + tl.minimum(low + tokens, high - 1))
         for start in range(low, high, TOKENS):
-            there = (start + rows % TOKENS < high) & (head < H)
-            left = ahead - first_pair
-            left = (left.to(tl.int64) if WIDE else left) * H
-            left = (left[None, :] + tl.arange(0, HP)[:, None]).reshape(M)
             s = tl.broadcast_to((ahead // NP)[None, :], [HP, TOKENS]).reshape(M)
             ahead = tl.load(pairs + tl.minimum(start + TOKENS + tokens, high - 1))
             s = s.to(tl.int64) if WIDE else s
@@ -136,6 +149,7 @@ def nsa_gradient_block(
             ends, delta = tl.split(known.reshape(M, 2, 2))
             logsum, limit = tl.split(ends)
             delta, _ = tl.split(delta)
+            there = (start + rows % TOKENS < high) & (head < H)
             limit = tl.where(there, limit.to(tl.int32, bitcast=True), 0)
             q0 = gather_rows(base, s * sqs + head * sqh, head, H, HP, 0, DK, DK0)
             grad = gather_rows(GRAD + row * DV, local * DV, head, H, HP, 0, DV, DVP)
@@ -150,10 +164,11 @@ def nsa_gradient_block(
             fall = tl.dot(v, tl.trans(grad), input_precision="ieee")
             slope = (weight * (fall - delta[None, :])).to(q0.dtype)
             dk0 = tl.dot(slope, q0, dk0, input_precision="ieee")
-            store_query_part(slope, k0, target, left, there, M, DK, 0, DK0)
+            own = target + start.to(tl.int64) * (H * DK)
+            store_query_part(slope, k0, own, high - start, M, H, TOKENS, DK, 0, DK0)
             if DK1 > 0:
                 dk1 = tl.dot(slope, q1, dk1, input_precision="ieee")
-                store_query_part(slope, k1, target, left, there, M, DK, DK0, DK1)
+                store_query_part(slope, k1, own, high - start, M, H, TOKENS, DK, DK0, DK1)
         part = PART_KV + (pid.to(tl.int64) * BS + keys)[:, None] * (DK + DV)
         tl.store(part + columns0[None, :], dk0, mask=(columns0 < DK)[None, :])
         if DK1 > 0:

@@ -21,7 +21,7 @@ def in_order(part, TILE: tl.constexpr, HP: tl.constexpr, PADDED: tl.constexpr, M
 
 @triton.jit
 def sum_of_partials(
-    PART_Q, chosen, place, real, heads, COLUMN: tl.constexpr, PADDED: tl.constexpr, H: tl.constexpr, HP: tl.constexpr,
+    PART_Q, PLACES, chosen, unit, real, heads, COLUMN: tl.constexpr, PADDED: tl.constexpr, H: tl.constexpr, HP: tl.constexpr,
     N: tl.constexpr, DK: tl.constexpr, TILE: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """(TILE, HP, PADDED) float32: partials of some tokens, columns COLUMN .. COLUMN + PADDED in their own order."""
@@ -30,8 +30,10 @@ def sum_of_partials(
     inside = (columns < DK)[None, None, :]
     total = tl.zeros([TILE, HP, PADDED], tl.float32)
     for slot in tl.range(0, N, loop_unroll_factor=UNROLL):
-        here = (((chosen >> slot) & 1) == 1)[:, None] & real
-        source = ((place + slot)[:, None] * H + heads[None, :]) * DK
+        here = ((chosen >> slot) & 1) == 1
+        place = unit + tl.load(PLACES + slot, mask=here, other=0)
+        source = (place[:, None] * H + heads[None, :]) * DK
+        here = here[:, None] & real
         part = tl.load(PART_Q + source[:, :, None] + columns[None, None, :], mask=here[:, :, None] & inside, other=0.0)
         total += part.to(tl.float32)
     return in_order(total, TILE, HP, PADDED, M)
@@ -39,9 +41,9 @@ def sum_of_partials(
 
 @triton.jit(do_not_specialize=["S", "first_token", "held"])
 def nsa_gradient_query(
-    PART_Q, CHOSEN, DQ, S, G, first_token, held, scale,
+    PART_Q, PLACES, CHOSEN, DQ, S, G, first_token, held, scale,
     H: tl.constexpr, HP: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, DK: tl.constexpr, DK0: tl.constexpr,
-    DK1: tl.constexpr, TILE: tl.constexpr, M: tl.constexpr,
+    DK1: tl.constexpr, TILE: tl.constexpr, SPAN: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * G * tiles,): a row's query gradient is ``scale`` times the sum of its partials, of which those of
     ``held`` tokens are there."""
@@ -53,15 +55,16 @@ def nsa_gradient_query(
     heads = tl.arange(0, HP)
     real = (heads < H)[None, :] & (s < S)[:, None]
     chosen = tl.load(CHOSEN + bg * S + s, mask=s < S, other=0)
-    place = (bg * held + local) * NP
+    places = PLACES + (bg * S + s) * NP
+    unit = ((bg * held + local) // SPAN) * (SPAN * N)
     row = ((((bg // G) * S + s) * G + bg % G)[:, None] * H + heads[None, :]) * DK
     columns0 = tl.arange(0, DK0)
-    total0 = sum_of_partials(PART_Q, chosen, place, real, heads, 0, DK0, H, HP, N, DK, TILE, M)
+    total0 = sum_of_partials(PART_Q, places, chosen, unit, real, heads, 0, DK0, H, HP, N, DK, TILE, M)
     tl.store(DQ + row[:, :, None] + columns0[None, None, :], (total0 * scale).to(DQ.dtype.element_ty),
              mask=real[:, :, None] & (columns0 < DK)[None, None, :])  # fmt: skip
     if DK1 > 0:
         columns1 = DK0 + tl.arange(0, DK1)
-        total1 = sum_of_partials(PART_Q, chosen, place, real, heads, DK0, DK1, H, HP, N, DK, TILE, M)
+        total1 = sum_of_partials(PART_Q, places, chosen, unit, real, heads, DK0, DK1, H, HP, N, DK, TILE, M)
         tl.store(DQ + row[:, :, None] + columns1[None, None, :], (total1 * scale).to(DQ.dtype.element_ty),
                  mask=real[:, :, None] & (columns1 < DK)[None, None, :])  # fmt: skip
 
