@@ -164,7 +164,7 @@ def nsa_gradient_block(
             fall = tl.dot(v, tl.trans(grad), input_precision="ieee")
             slope = (weight * (fall - delta[None, :])).to(q0.dtype)
             dk0 = tl.dot(slope, q0, dk0, input_precision="ieee")
-            own = target + start.to(tl.int64) * (H * DK)
+            own = target + tl.full([], H * DK, tl.int64) * start
             store_query_part(slope, k0, own, high - start, M, H, TOKENS, DK, 0, DK0)
             if DK1 > 0:
                 dk1 = tl.dot(slope, q1, dk1, input_precision="ieee")
