@@ -61,8 +61,8 @@ def backward(
     tokens = max(1, int(backward_rows) // padded)
     span_tokens = int(backward_span) or queries
     walk = max(1, min(span_tokens, WALK_BYTES // (heads * (width + value_width) * query.element_size())))
-    lists = invert(selection, keys, span=walk, item_tokens=max(tokens, int(backward_item_rows) // padded),
-                   placed=True)  # fmt: skip
+    item_tokens = max(tokens, int(backward_item_rows) // padded)
+    lists = invert(selection, keys, span=walk, item_tokens=item_tokens, placed=True)
     units = min(lists.spans, triton.cdiv(span_tokens, lists.span_tokens))
     held = units * lists.span_tokens
     grad = grad.contiguous()
@@ -136,7 +136,9 @@ def _plan(
     return {
         "rows": Plan(nsa_gradient_rows, {**of_rows, "TILE": 32}, few),
         "block": Plan(nsa_gradient_block, {**constants, "TOKENS": tokens, "SPAN": lists.span_tokens}, options),
-        "query": Plan(nsa_gradient_query, {**sizes, "TILE": tile, "SPAN": lists.span_tokens, "M": tokens * constants["HP"]}, few),
+        "query": Plan(
+            nsa_gradient_query, {**sizes, "TILE": tile, "SPAN": lists.span_tokens, "M": tokens * constants["HP"]}, few
+        ),
         **keys,
     }
 

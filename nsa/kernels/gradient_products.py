@@ -44,8 +44,8 @@ def store_query_part(
     M: tl.constexpr, H: tl.constexpr, TOKENS: tl.constexpr, DK: tl.constexpr, COLUMN: tl.constexpr,
     PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Multiply slope (keys, M) with k (keys, PADDED) and store the partial query gradients (M, PADDED) at ``target``, of
-    the first ``left`` tokens only.
+    """Multiply slope (keys, M) with k (keys, PADDED) and store the partial query gradients (M, PADDED) at ``target``,
+    those of the first ``left`` tokens.
 
     They are stored as the tensor core holds them, a thread's values side by side, so that they leave in pieces of up to
     16 bytes without a turn through shared memory; ``gradient_sums.in_order`` puts them right. Fewer rows than a

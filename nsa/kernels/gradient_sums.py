@@ -21,8 +21,8 @@ def in_order(part, TILE: tl.constexpr, HP: tl.constexpr, PADDED: tl.constexpr, M
 
 @triton.jit
 def sum_of_partials(
-    PART_Q, PLACES, chosen, unit, real, heads, COLUMN: tl.constexpr, PADDED: tl.constexpr, H: tl.constexpr, HP: tl.constexpr,
-    N: tl.constexpr, DK: tl.constexpr, TILE: tl.constexpr, M: tl.constexpr,
+    PART_Q, PLACES, chosen, unit, real, heads, COLUMN: tl.constexpr, PADDED: tl.constexpr, H: tl.constexpr,
+    HP: tl.constexpr, N: tl.constexpr, DK: tl.constexpr, TILE: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """(TILE, HP, PADDED) float32: partials of some tokens, columns COLUMN .. COLUMN + PADDED in their own order."""
     UNROLL: tl.constexpr = min(N, 8)

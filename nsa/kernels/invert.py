@@ -240,7 +240,8 @@ def invert(selection: Selection, keys: int, *, span: int, item_tokens: int, plac
     tile = max(1, min(bitmap_tokens, 512 // padded))
     bitmaps_padded = power_of_two(span_bitmaps)
     block_tile = min(power_of_two(blocks), max(16, min(1024, 8192 // bitmaps_padded)))
-    known = plans((*selection_key(selection), groups, "invert", placed, item_tokens, tile, words, span_bitmaps, block_tile))
+    sizes_known = (groups, placed, item_tokens, tile, words, span_bitmaps, block_tile)
+    known = plans((*selection_key(selection), "invert", *sizes_known))
     if not known:
         shared = {"NP": padded, "TILE": tile, "WORDS": words}
         marked = {"N": slots, "BS": selection.block_size, "TENSOR_LENGTH": isinstance(length, Tensor), **shared}

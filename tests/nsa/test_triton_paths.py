@@ -311,7 +311,7 @@ def test_inverted_lists_hold_every_pair_once_sorted_by_block(tokens: int, slots:
     case = Case(S=tokens, T=max(tokens, 20), n=slots, seed=seed, h=1)
     usual, invert.BITMAP_TOKENS = invert.BITMAP_TOKENS, 32
     try:
-        lists = invert.invert(case.selection, case.key.shape[2], span=span, item_tokens=4)
+        lists = invert.invert(case.selection, case.key.shape[2], span=span, item_tokens=4, placed=True)
     finally:
         invert.BITMAP_TOKENS = usual
     padded = support.padded(slots)
@@ -323,10 +323,13 @@ def test_inverted_lists_hold_every_pair_once_sorted_by_block(tokens: int, slots:
                 wanted.add((block, s, i))
     found = []
     pairs, items = lists.pairs.view(lists.spans, -1), lists.items.view(lists.spans, -1, 3)
+    assert lists.places is not None
+    places = lists.places.tolist()
     for unit in range(lists.spans):
         members = []
         for block, first, end in items[unit, : int(lists.item_count[unit])].tolist():
             assert 0 < end - first <= 4
+            assert [places[pair] for pair in pairs[unit, first:end].tolist()] == list(range(first, end))
             members += [(block, int(p) // padded, int(p) % padded) for p in pairs[unit, first:end]]
         assert members == sorted(members)
         found += members
