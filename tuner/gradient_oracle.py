@@ -2,7 +2,7 @@
 
 Of a call with few scores, and of a window or compression, by ``reference`` as a whole. Of a larger selection in blocks
 by pieces of its query tokens: a row's gradients follow from the keys that it selects alone, and a key's are the sum
-over rows, so the pieces are gathered, done apart and added up in float64. Nothing is left out.
+over rows, so the pieces are gathered, done apart and added up. Nothing is left out.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class GradientOracle:
         slots = inputs.selection.indices.shape[3] * inputs.selection.block_size
         step = max(1, GATHERED // (batch * groups * slots * (width + inputs.value.shape[3])))
         query_grad = torch.empty(inputs.query.shape, dtype=kind, device=inputs.query.device)
-        sums = [torch.zeros(t.shape, dtype=torch.float64, device=t.device) for t in (inputs.key, inputs.value)]
+        exact = torch.promote_types(kind, torch.float32)  # what a product of the working dtype adds up in
+        sums = [torch.zeros(t.shape, dtype=exact, device=t.device) for t in (inputs.key, inputs.value)]
         pair = torch.arange(batch * groups, device=inputs.key.device).view(batch, 1, groups, 1) * keys
         for first in range(0, len(self.rows), step):
             rows = self.rows[first : first + step]
@@ -76,7 +77,7 @@ class GradientOracle:
             case = Inputs(query.to(kind), own_key.to(kind), own_value.to(kind), selection, None)
             query_grad[:, rows], *rest = two_layers(run, case, None, torch.arange(len(rows), device=rows.device))
             for total, part in zip(sums, rest, strict=True):
-                total.view(-1, total.shape[3]).index_add_(0, flat, part.flatten(0, 3).double())
+                total.view(-1, total.shape[3]).index_add_(0, flat, part.flatten(0, 3).to(exact))
         return [query_grad, *sums]
 
     def compare(self, call: Call, workspace: Workspace) -> None:

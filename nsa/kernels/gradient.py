@@ -45,7 +45,7 @@ def backward(
     logsum: Tensor,
     grad: Tensor,
     *,
-    backward_rows: ParameterValue = 64,
+    backward_rows: ParameterValue = 32,
     backward_item_rows: ParameterValue = 4096,
     backward_span: ParameterValue = 16384,
     backward_partial: ParameterValue = "value",
