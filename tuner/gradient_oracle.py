@@ -1,8 +1,8 @@
 """Gradient oracle: what a call's gradients must be, in float64, and by how much they may differ. Asked by ``check``.
 
 A row's gradients follow from the keys that it selects alone, and a key's are the sum over rows. So a large selection in
-blocks is done by pieces of its query tokens, each over keys gathered for it, and added up in float64; nothing is left
-out. What has few scores is one piece over all keys, and so are spot rows of a large window or compression.
+blocks is done by pieces of its query tokens, each over keys gathered for it, and added up; nothing is left out. What
+has few scores is one piece over all keys, and so are spot rows of a large window or compression.
 """
 
 from __future__ import annotations
@@ -100,10 +100,10 @@ class GradientOracle:
             yield Piece(rows, query, own_key.nan_to_num(), own_value.nan_to_num(), read, flat)
 
     def _gradients(self, kind: torch.dtype) -> list[Tensor]:
-        """Of query, in ``kind``, and of key and value, computed in ``kind`` and added up in float64."""
-        inputs = self.inputs
+        """Of query, key and value, computed in ``kind`` and added up as a product of that dtype is."""
+        inputs, wide = self.inputs, torch.promote_types(kind, torch.float32)
         query_grad = torch.zeros(inputs.query.shape, dtype=kind, device=inputs.query.device)
-        sums = [torch.zeros(t.shape, dtype=torch.float64, device=t.device) for t in (inputs.key, inputs.value)]
+        sums = [torch.zeros(t.shape, dtype=wide, device=t.device) for t in (inputs.key, inputs.value)]
         for piece in self._pieces():
 
             def run(case: Inputs, workspace: Workspace | None, piece: Piece = piece) -> Tensor:

@@ -28,7 +28,7 @@ class Lists(NamedTuple):
 
     ``chosen`` (B*G, S) int64: bit i says that slot i counts. ``pairs`` (U, span_tokens * NP) int32: token * NP + slot.
     ``items`` (U, item_slots, 3) int32: block, first and end pair. ``item_count`` (U,) int32. ``ranges`` (U, blocks, 2)
-    int32: each block's items.
+    int32: each block's items. ``places`` (B*G, S, NP) int32: where a slot's pair stands among its unit's, if asked for.
     """
 
     chosen: Tensor
@@ -36,6 +36,7 @@ class Lists(NamedTuple):
     items: Tensor
     item_count: Tensor
     ranges: Tensor
+    places: Tensor | None
     spans: int
     span_tokens: int
     item_slots: int
@@ -169,6 +170,7 @@ def nsa_invert_fill(
     BITS,
     BASE,
     PAIRS,
+    PLACES,
     S,
     G,
     sxb,
@@ -183,7 +185,7 @@ def nsa_invert_fill(
     WORDS: tl.constexpr,
     SPAN_BITMAPS: tl.constexpr,
 ):
-    """Grid (B * G * tiles,): writes every pair to its place."""
+    """Grid (B * G * tiles,): writes every pair to its place, and the place to PLACES if there is one."""
     pid = tl.program_id(0)
     tiles = tl.cdiv(S, TILE)
     tile = pid % tiles
@@ -208,10 +210,13 @@ def nsa_invert_fill(
     unit = bg * spans + bitmap // SPAN_BITMAPS
     pairs = PAIRS + unit * (SPAN_BITMAPS * WORDS * 32 * NP)
     tl.store(pairs + place, s[:, None] * NP + slots[None, :], mask=first)
+    if PLACES is not None:
+        tl.store(PLACES + (bg * S + s)[:, None] * NP + slots[None, :], place, mask=first)
 
 
-def invert(selection: Selection, keys: int, *, span: int, item_tokens: int) -> Lists:
-    """Sort a selection's pairs by block. ``span`` tokens per unit, rounded up to whole bitmaps; 0 = all tokens."""
+def invert(selection: Selection, keys: int, *, span: int, item_tokens: int, placed: bool = False) -> Lists:
+    """Sort a selection's pairs by block. ``span`` tokens per unit, rounded up to whole bitmaps; 0 = all tokens.
+    ``placed``: ``Lists.places`` too."""
     indices = selection.blocks
     batch, queries, groups, slots = indices.shape
     device, padded = indices.device, power_of_two(slots)
@@ -230,11 +235,13 @@ def invert(selection: Selection, keys: int, *, span: int, item_tokens: int) -> L
     fresh = torch.empty(sum(map(aligned, sizes)), dtype=torch.int32, device=device)
     base, pairs, items, item_count, ranges = pieces(fresh, *sizes)
     chosen = torch.empty(batch * groups * queries, dtype=torch.int64, device=device)
+    places = torch.empty(batch * groups * queries * padded, dtype=torch.int32, device=device) if placed else None
     length, positions, *position_strides = selection_arguments(selection)
     tile = max(1, min(bitmap_tokens, 512 // padded))
     bitmaps_padded = power_of_two(span_bitmaps)
     block_tile = min(power_of_two(blocks), max(16, min(1024, 8192 // bitmaps_padded)))
-    known = plans((*selection_key(selection), groups, "invert", item_tokens, tile, words, span_bitmaps, block_tile))
+    sizes_known = (groups, placed, item_tokens, tile, words, span_bitmaps, block_tile)
+    known = plans((*selection_key(selection), "invert", *sizes_known))
     if not known:
         shared = {"NP": padded, "TILE": tile, "WORDS": words}
         marked = {"N": slots, "BS": selection.block_size, "TENSOR_LENGTH": isinstance(length, Tensor), **shared}
@@ -248,8 +255,10 @@ def invert(selection: Selection, keys: int, *, span: int, item_tokens: int) -> L
         *position_strides, *indices.stride(), blocks, bitmaps,
     )  # fmt: skip
     known["offsets"](units, counts, base, items, item_count, ranges, blocks, bitmaps, spans, item_slots)
-    known["fill"](grid, indices, chosen, bits, base, pairs, queries, groups, *indices.stride(), blocks, bitmaps, spans)
-    return Lists(chosen, pairs, items, item_count, ranges, spans, span_tokens, item_slots, blocks)
+    known["fill"](
+        grid, indices, chosen, bits, base, pairs, places, queries, groups, *indices.stride(), blocks, bitmaps, spans
+    )
+    return Lists(chosen, pairs, items, item_count, ranges, places, spans, span_tokens, item_slots, blocks)
 
 
 def aligned(size: int) -> int:

@@ -22,6 +22,11 @@ KERNELS = {
 }
 """The kernel by which each path is recognised. A profiler shows a Triton function under its own name."""
 
+ITEMS = 2048
+"""Items of the backward that an H200's 264 programs at a time share evenly."""
+BACKWARD = {"nsa_gradient_rows": 1, "nsa_gradient_block": 0, "nsa_gradient_query": 0, "nsa_gradient_key": 0}
+"""Kernels of the common backward, and how often one call launches them; 0 = at least once."""
+
 
 class Ladder(TypedDict):
     """What a path needs for ``paths.base.Parameter``, which this leaf does not import."""
@@ -127,18 +132,22 @@ def backward_ladders(problem: SelectionProblem) -> list[Ladder]:
     """The tunables of the common backward, for problems of mode ``train``.
 
     One stage is left out: Triton 3.6 compiles the products of the unpipelined loop to shared reads out of bounds
-    (docs/log.md).
+    (docs/log.md). Rows are as many as leave room for three stages twice on a multiprocessor, and for the accumulators
+    in registers; items are smaller where few would leave multiprocessors idle.
     """
     if problem.mode != "train":
         return []
-    wide = (padded(problem.Dk, 16) + padded(problem.Dv, 16)) * problem.item_bytes > 512
+    row_bytes = (padded(problem.Dk, 16) + padded(problem.Dv, 16)) * problem.item_bytes
+    pair_rows = problem.B * problem.S * problem.G * problem.topk * padded(problem.h)
+    rows = 64 if row_bytes < 512 else 32 if row_bytes == 512 else 16
+    items = [size for size in (2048, 4096) if size * ITEMS <= pair_rows]
     return [
-        {"name": "backward_rows", "ladder": (32, 64, 128), "default": 32 if wide else 64},
-        {"name": "backward_item_rows", "ladder": (1024, 2048, 4096), "default": 4096},
+        {"name": "backward_rows", "ladder": (16, 32, 64), "default": rows},
+        {"name": "backward_item_rows", "ladder": (1024, 2048, 4096), "default": items[-1] if items else 1024},
         {"name": "backward_span", "ladder": (0, 4096, 16384, 65536), "default": 16384},
         {"name": "backward_partial", "ladder": ("value", "float32"), "default": "value"},
         {"name": "backward_warps", "ladder": (4, 8), "default": 4},
-        {"name": "backward_stages", "ladder": (2, 3, 4), "default": 2 if wide else 3},
+        {"name": "backward_stages", "ladder": (2, 3, 4), "default": 3 if row_bytes < 1024 else 2},
         {"name": "backward_registers", "ladder": (0, 128, 168), "default": 0},
     ]
 
@@ -147,12 +156,21 @@ def backward_reason(path: str, problem: SelectionProblem, parameters: Mapping[st
     """Why the common backward cannot run with these parameters; None if it can, or is not asked for."""
     if problem.mode != "train":
         return None
-    rows = max(int(parameters.get("backward_rows", 64)), padded(problem.h))
-    stages = int(parameters.get("backward_stages", 2))
+    rows = max(int(parameters.get("backward_rows", 32)), padded(problem.h))
+    stages = int(parameters.get("backward_stages", 3))
     row_bytes = (padded(problem.Dk, 16) + padded(problem.Dv, 16)) * problem.item_bytes
     return shared_reason(
         path + " backward", block_bytes(problem) + stages * rows * row_bytes + 2 * rows * problem.block_size * 4
     )
+
+
+def required(path: str, problem: SelectionProblem, device: torch.device, **more: int) -> dict[str, int]:
+    """One launch of a path's kernel, ``more`` others by name, and in mode train the backward's. Nothing under the
+    interpreter, which leaves no trace."""
+    if device.type != "cuda":
+        return {}
+    backward = BACKWARD if problem.mode == "train" else {}
+    return {KERNELS[path]: 1} | {rf"^{name}$": count for name, count in (more | backward).items()}
 
 
 def forbidden(path: str) -> tuple[str, ...]:

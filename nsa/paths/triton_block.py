@@ -56,7 +56,8 @@ def evidence(
     spans = span_count(problem, int(parameters.get("span", SPANS[-1])))
     sorting = {rf"^nsa_invert_{step}$": 1 if problem.mode != "train" else 0 for step in ("mark", "offsets", "fill")}
     kernels = {support.KERNELS["triton_block"]: spans, r"^nsa_block_merge$": spans, **sorting}
-    return Evidence(required=kernels if device.type == "cuda" else {}, forbidden=support.forbidden("triton_block"))
+    required = support.required("triton_block", problem, device)
+    return Evidence(required=required | kernels if required else {}, forbidden=support.forbidden("triton_block"))
 
 
 def span_count(problem: SelectionProblem, span: int) -> int:

@@ -72,7 +72,7 @@ def evidence(
 ) -> Evidence:
     """One launch of its kernel, and one of the combination where that is a launch; the interpreter leaves no trace."""
     combined = parameters.get("combine") == "launch" and int(parameters.get("splits", 1)) > 1
-    required = {support.KERNELS["triton_decode"]: 1} if device.type == "cuda" else {}
+    required = support.required("triton_decode", problem, device)
     absent = (*support.forbidden("triton_decode"), *(() if combined else (COMBINE,)))
     return Evidence(required=required | ({COMBINE: 1} if combined and device.type == "cuda" else {}), forbidden=absent)
 

@@ -43,7 +43,7 @@ def evidence(
     problem: SelectionProblem, device: torch.device, parameters: Parameters, lengths: Sequence[int]
 ) -> Evidence:
     """One launch of its kernel; the interpreter leaves no trace."""
-    required = {support.KERNELS["triton_token"]: 1} if device.type == "cuda" else {}
+    required = support.required("triton_token", problem, device)
     return Evidence(required=required, forbidden=support.forbidden("triton_token"))
 
 

@@ -68,15 +68,13 @@ def evidence(
 ) -> Evidence:
     """One launch of its kernel, of the one that makes the unions, and of the one that orders tokens; neither of the
     last two where every row selects its whole context. The interpreter leaves no trace."""
-    required = {support.KERNELS["triton_union"]: 1}
-    whole = problem.complete and problem.S == problem.T <= problem.topk * problem.block_size
-    if not whole:
-        required[r"^nsa_union_entries$"] = 1
-        required |= {r"^nsa_union_order$": 1} if parameters.get("order") == "overlap" else {}
-    return Evidence(
-        required=required if device.type == "cuda" else {},
-        forbidden=support.forbidden("triton_union"),
-    )
+    launches = {}
+    if not (problem.complete and problem.S == problem.T <= problem.topk * problem.block_size):
+        launches["nsa_union_entries"] = 1
+        if parameters.get("order") == "overlap":
+            launches["nsa_union_order"] = 1
+    required = support.required("triton_union", problem, device, **launches)
+    return Evidence(required=required, forbidden=support.forbidden("triton_union"))
 
 
 def run(

@@ -16,7 +16,7 @@ from tests.interpreter import prepare
 INTERPRETED = prepare()
 
 from nsa.errors import ArgumentError, UnsupportedPathError  # noqa: E402  kernels load Triton, which asks for its mode once
-from nsa.kernels import decode, invert, support  # noqa: E402
+from nsa.kernels import decode, gradient, invert, support  # noqa: E402
 from nsa.kernels.launch import call_key  # noqa: E402
 from nsa.paths import PATHS  # noqa: E402
 from nsa.paths.reference import selected_keys  # noqa: E402
@@ -198,6 +198,21 @@ def test_gradients_match_the_oracle_and_every_element_is_written(
     assert_gradients(case, case.gradients(path, {**parameters, "backward_rows": 16, "backward_item_rows": 16}))
 
 
+@pytest.mark.parametrize("positions", [None, (3, 36, 0, 20, 11)])
+def test_gradients_end_where_a_rows_limit_does(positions: tuple[int, ...] | None, poisoned: None) -> None:
+    given = None if positions is None else torch.tensor(positions, device=DEVICE)
+    case = Case(B=2, S=5, T=37, G=2, n=3, lengths=(21, 37), query_positions=given)
+    assert_gradients(case, case.gradients("triton_token", {"order": "group", "backward_rows": 16}))
+
+
+@pytest.mark.parametrize(("heads", "width", "rows"), [(16, 64, 64), (3, 96, 64), (1, 32, 128), (4, 192, 16)])
+def test_partials_as_the_tensor_core_holds_them_add_up(heads: int, width: int, rows: int, poisoned: None) -> None:
+    case = Case(S=21, T=41, G=2, h=heads, Dk=width, Dv=16)
+    case.key = case.key * 0.25  # scores as at a usual scale
+    parameters = {"order": "group", "backward_rows": rows, "backward_item_rows": 64}
+    assert_gradients(case, case.gradients("triton_token", parameters))
+
+
 @pytest.mark.parametrize("loads", ["pointer", "descriptor"])
 @pytest.mark.parametrize(("path", "more"), [("triton_union", {"tokens": 4}), ("triton_token", {})])
 def test_steps_of_part_of_a_block_change_nothing(path: str, more: dict[str, Any], loads: str) -> None:
@@ -234,7 +249,8 @@ def test_gradients_of_several_spans_add_up(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(invert, "BITMAP_TOKENS", 32)
     case = Case(S=70, T=70, h=1, n=3)
     rest = {"order": "group", "backward_rows": 16, "backward_item_rows": 32}
-    for span in (0, 32):
+    for span, walk_bytes in ((0, 2**25), (32, 1), (0, 1), (64, 1)):
+        monkeypatch.setattr(gradient, "WALK_BYTES", walk_bytes)
         assert_gradients(case, case.gradients("triton_token", {**rest, "backward_span": span}))
 
 
@@ -296,7 +312,7 @@ def test_inverted_lists_hold_every_pair_once_sorted_by_block(tokens: int, slots:
     case = Case(S=tokens, T=max(tokens, 20), n=slots, seed=seed, h=1)
     usual, invert.BITMAP_TOKENS = invert.BITMAP_TOKENS, 32
     try:
-        lists = invert.invert(case.selection, case.key.shape[2], span=span, item_tokens=4)
+        lists = invert.invert(case.selection, case.key.shape[2], span=span, item_tokens=4, placed=True)
     finally:
         invert.BITMAP_TOKENS = usual
     padded = support.padded(slots)
@@ -308,10 +324,13 @@ def test_inverted_lists_hold_every_pair_once_sorted_by_block(tokens: int, slots:
                 wanted.add((block, s, i))
     found = []
     pairs, items = lists.pairs.view(lists.spans, -1), lists.items.view(lists.spans, -1, 3)
+    assert lists.places is not None
+    places = lists.places.tolist()
     for unit in range(lists.spans):
         members = []
         for block, first, end in items[unit, : int(lists.item_count[unit])].tolist():
             assert 0 < end - first <= 4
+            assert [places[pair] for pair in pairs[unit, first:end].tolist()] == list(range(first, end))
             members += [(block, int(p) // padded, int(p) % padded) for p in pairs[unit, first:end]]
         assert members == sorted(members)
         found += members
@@ -353,6 +372,18 @@ def test_what_cannot_run_is_said_before_and_defaults_stand_on_their_ladders(path
     assert PATHS[path].unsupported_reason(
         problem_of(case, "train"), DEVICE, PATHS[path].defaults(problem_of(case, "train"), DEVICE)
     ) is None  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ["triton_token", "triton_union", "triton_block", "triton_decode"])
+def test_in_train_and_only_there_a_path_declares_the_kernels_of_its_backward(path: str) -> None:
+    case, cuda = Case(h=16), torch.device("cuda")
+    for mode in ("prefill", "train"):
+        problem = problem_of(case, mode)
+        declared = PATHS[path].evidence(problem, cuda, PATHS[path].defaults(problem, DEVICE), [39]).required
+        assert support.KERNELS[path] in declared
+        for name in support.BACKWARD:
+            assert callable(getattr(gradient, name))
+            assert (rf"^{name}$" in declared) == (mode == "train")
 
 
 def test_a_layout_that_cannot_be_loaded_is_refused_not_copied() -> None:
