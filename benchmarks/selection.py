@@ -30,7 +30,6 @@ from typing import Any, NamedTuple
 import msgspec
 import torch
 from torch import Tensor
-from triton.errors import TritonError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
@@ -44,8 +43,6 @@ from nsa.problem import SelectionProblem
 from tuner.check import Oracle, WrongResult
 from tuner.inputs import Inputs, make_inputs
 
-FAILURES = (NSAError, WrongResult, TritonError, torch.OutOfMemoryError)
-"""Of a candidate: a record, not the end of the run. Anything else is a fault of this run, and ends it."""
 FLOPS_PER_US, BYTES_PER_US = 790e6, 4.3e6
 """Measured bf16 matmul and copy of the device that the floors are for, an H200."""
 ROTATION_BYTES = 130e6
@@ -132,6 +129,13 @@ def floor_us(problem: SelectionProblem, inputs: Inputs, kind: str) -> float:
     return max(2 * keys * p.h * products / FLOPS_PER_US, moved / BYTES_PER_US)
 
 
+def failures() -> tuple[type[BaseException], ...]:
+    """Of a candidate: a record, not the end of the run. Anything else is a fault of this run, and ends it."""
+    from triton.errors import TritonError  # the interpreter, without a GPU, is set up before Triton is imported
+
+    return NSAError, WrongResult, TritonError, torch.OutOfMemoryError
+
+
 def measure(kind: str, ready: list[tuple[Candidate, Inputs, Callable[[], object]]], rotation: list[Inputs],
             clock: Clock, budget_s: float) -> list[dict[str, list[float]]]:  # fmt: skip
     """Samples by measure for each candidate, in shared rounds of random order."""
@@ -187,7 +191,7 @@ def bench(name: str, kind: str, candidates: list[Candidate], clock: Clock, devic
                     call = lambda candidate=candidate, case=case: candidate.run(case)  # noqa: E731
                 record |= {"outcome": "ok", "error": oracle.compare(call(), candidate.name)}  # type: ignore[arg-type, call-arg]
                 ready.append((candidate, case, call))
-            except FAILURES as error:
+            except failures() as error:
                 record |= {"outcome": type(error).__name__, "reason": str(error)[:300]}
             records.append(record)
         timed = iter(measure(kind, ready, rotation, clock, budget_s))
@@ -233,7 +237,7 @@ def compile_ahead(job: tuple[str, str, dict[str, Any]]) -> None:
         else:
             run(inputs)
         torch.cuda.synchronize()
-    except FAILURES as error:
+    except failures() as error:
         print("compile", name, entry, str(error)[:200], file=sys.stderr)
     torch.cuda.empty_cache()
 
