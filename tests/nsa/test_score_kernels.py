@@ -27,6 +27,9 @@ SIZES = [(8, 4, 8), (16, 4, 4), (4, 4, 4), (6, 3, 9), (32, 16, 64)]
 """kernel_size, kernel_stride, block_size; of the second several blocks lie under the same tokens."""
 
 
+PLACES = torch.arange(380, 530, 29, device=DEVICE)
+
+
 def rows_of(
     queries: int, first: int, sizes: tuple[int, int, int], dtype: torch.dtype, *, heads: int = 3, width: int = 16,
     batch: int = 1, distinct: int = 0,
@@ -154,6 +157,18 @@ def test_positions_in_any_order_and_chunks_choose_the_same(monkeypatch: pytest.M
     assert torch.equal(placed, whole[:, order])
     monkeypatch.setattr(score, "CHUNK_ELEMENTS", 2 * 16 * 2 * 17)
     assert torch.equal(choose_blocks(query, key, topk=4, route="triton", **arguments), whole)
+
+
+@pytest.mark.parametrize("distinct", [0, 7, 40])
+def test_the_least_chosen_block_sought_from_below_is_the_one_found_from_above(
+    distinct: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query, key, arguments = rows_of(150, 380, (8, 4, 8), torch.bfloat16, distinct=distinct)
+    found = []
+    for least in (32, 2**30):
+        monkeypatch.setattr(score, "HEADED_BLOCKS", least)
+        found.append(choose_blocks(query[:, ::29], key, topk=9, route="triton", positions=PLACES, **arguments))
+    assert torch.equal(*found)
 
 
 def test_what_triton_cannot_score_is_refused_where_it_is_asked_for() -> None:
