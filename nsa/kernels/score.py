@@ -232,9 +232,11 @@ def tiles(
     large = query.shape[4] > 128
     bulk = aligned and capability >= (9, 0) and not wide
     known = logsum is not None and interval.positions is None
-    fitting = query.shape[4] in RING_WIDTHS and interval.kernel_size <= block_size <= 64 * interval.kernel_stride
+    heads = power_of_two(query.shape[3])
+    fitting = query.shape[4] in RING_WIDTHS and 2 <= heads <= 32
+    fitting = fitting and interval.kernel_size <= block_size <= 64 * interval.kernel_stride
     if bulk and capability[0] == 9 and known and fitting and 64 * interval.kernel_stride % block_size == 0:
-        tokens = 128 // power_of_two(query.shape[3])
+        tokens = 128 // heads
         return {"tokens": tokens, "keys": 64, "warps": 4, "stages": 2, "loads": "ring", "registers": 168}
     return {
         "tokens": max(1, (64 if wide else 128 if large else 256) // power_of_two(query.shape[3])),
