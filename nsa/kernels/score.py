@@ -30,10 +30,8 @@ CHUNK_ELEMENTS = 2**26
 """Sums held at once: 256 MiB in float32, 512 MiB in float64."""
 RING_WIDTHS = (64, 128)
 """Head dims of ``score_ring``: whole rows of its swizzled shared memory."""
-HEADED_BLOCKS = 512
-"""Blocks from which on the least chosen one is sought from below."""
-RANK_BLOCKS = 1024
-"""Blocks that one warp ranks: 32 for each lane."""
+RANK_BLOCKS = 512
+"""Blocks that one warp ranks: 16 for each lane."""
 
 
 @triton.constexpr_function
@@ -146,26 +144,12 @@ def last_chosen(key, TOPK: tl.constexpr):
     return least
 
 
-@triton.jit
-def last_of_heads(key, TOPK: tl.constexpr, NB: tl.constexpr):
-    """``last_chosen`` of keys that mostly differ, found from below: no key under the TOPK-th largest of 32 columns' own
-    largest is among the TOPK largest, and few are above. Where keys are equal it may be any key."""
-    least = last_chosen(tl.max(tl.reshape(key, [NB // 32, 32]), 0), TOPK)
-    spare = tl.sum((key >= least).to(tl.int32), 0) - TOPK
-    if spare <= TOPK // 2:
-        for _ in range(spare):
-            least = tl.min(tl.where(key > least, key, 0x7FFFFFFF), 0)
-    else:
-        least = last_chosen(key, TOPK)
-    return least
-
-
 @triton.jit(do_not_specialize=["FIRST", "S", "first", "keys", "queries"])
 def nsa_rank_blocks(
     SUMS, BLOCKS, FIRST, POSITION, S, first, keys, queries, G, spb, sps, plane,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr,
-    FOLDED: tl.constexpr, HEADED: tl.constexpr, TOPK: tl.constexpr, SLOTS: tl.constexpr, NB: tl.constexpr,
-    INDEX_BITS: tl.constexpr, FORCED: tl.constexpr,
+    FOLDED: tl.constexpr, TOPK: tl.constexpr, SLOTS: tl.constexpr, NB: tl.constexpr, INDEX_BITS: tl.constexpr,
+    FORCED: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * G * S,), a row each: SUMS as ``nsa_score_tokens`` left them, FOLDED as ``nsa_score_ring`` did -> BLOCKS
     (B, queries, G, TOPK) from query ``first`` on.
@@ -202,12 +186,8 @@ def nsa_rank_blocks(
         value = tl.where(block == own, 0x7F800002, value)
         value = tl.where(block == 0, 0x7F800003, value)
         value = tl.where(block <= own, value, -1)
-        if HEADED:
-            least = last_of_heads(value, TOPK, NB)
-        else:
-            least = last_chosen(value, TOPK)
-        chosen = (value >= least) & (value >= 0)
-        tied = tl.sum(chosen.to(tl.int32), 0) != tl.minimum(own + 1, TOPK)
+        chosen = (value >= last_chosen(value, TOPK)) & (value >= 0)
+        tied = tl.sum(chosen.to(tl.int32), 0) > TOPK
     if tied:
         rank = (score.to(tl.float64).to(tl.int64, bitcast=True) + (1 << (INDEX_BITS - 1))) >> INDEX_BITS
         rank = tl.where(block == own - 1, FORCED + 1, rank)
@@ -320,8 +300,7 @@ def choose(
         held = power_of_two(max(1, min(reach, blocks)))
         nsa_rank_blocks[(batch * groups * count,)](
             sums, chosen, position, positions, count, first, upto, queries, groups, *position_strides, plane,
-            **rule, RATIO=ratio, SIZE=block_size, FOLDED=folded, HEADED=topk <= 32 and held >= HEADED_BLOCKS,
-            TOPK=topk, SLOTS=power_of_two(topk), NB=held,
+            **rule, RATIO=ratio, SIZE=block_size, FOLDED=folded, TOPK=topk, SLOTS=power_of_two(topk), NB=held,
             INDEX_BITS=index_bits, FORCED=forced >> index_bits,
             num_warps=max(1, min(8, held // RANK_BLOCKS)),
         )  # fmt: skip

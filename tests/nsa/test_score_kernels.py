@@ -27,9 +27,6 @@ SIZES = [(8, 4, 8), (16, 4, 4), (4, 4, 4), (6, 3, 9), (32, 16, 64)]
 """kernel_size, kernel_stride, block_size; of the second several blocks lie under the same tokens."""
 
 
-PLACES = torch.arange(380, 530, 29, device=DEVICE)
-
-
 def rows_of(
     queries: int, first: int, sizes: tuple[int, int, int], dtype: torch.dtype, *, heads: int = 3, width: int = 16,
     batch: int = 1, distinct: int = 0,
@@ -79,7 +76,7 @@ def test_sixteen_bit_rows_differ_only_where_scores_are_within_the_bound(
     logsum = None
     if given_sums:
         sums = LogSums()
-        path = {"path": "triton_compressed", "parameters": {"tokens": 4, "keys": 32}}
+        path = {"path": "triton_compressed", "parameters": {"tokens": 4, "keys": 32, "loads": "pointer"}}
         compressed_attention(query, key, key, first_position=0, kernel_size=8, kernel_stride=4, sums=sums, **path)
         logsum = sums.tensor
         assert logsum is not None
@@ -101,7 +98,7 @@ def test_sixteen_bit_rows_differ_only_where_scores_are_within_the_bound(
 def test_exact_ties_of_sixteen_bit_rows_go_to_the_lower_block(width: int) -> None:
     query, key, arguments = rows_of(80, 0, (4, 4, 4), torch.bfloat16, distinct=1, width=width)
     sums = LogSums()
-    path = {"path": "triton_compressed", "parameters": {"tokens": 4, "keys": 32}}
+    path = {"path": "triton_compressed", "parameters": {"tokens": 4, "keys": 32, "loads": "pointer"}}
     compressed_attention(query, key, key, first_position=0, kernel_size=4, kernel_stride=4, sums=sums, **path)
     for logsum in (None, sums.tensor):
         found = choose_blocks(query, key, topk=6, route="triton", logsum=logsum, **arguments)
@@ -137,7 +134,7 @@ def test_blocks_ranked_from_their_own_part_and_what_the_one_before_reaches_over_
     for queries, first in ((90, 0), (33, 71)):
         query, key, arguments = rows_of(queries, first, sizes, torch.float32)
         sums = LogSums()
-        path = {"path": "triton_compressed", "parameters": {"tokens": 4, "keys": 32}}
+        path = {"path": "triton_compressed", "parameters": {"tokens": 4, "keys": 32, "loads": "pointer"}}
         interval = Interval(kernel_size, kernel_stride, first_position=first)
         common = {"first_position": first, "kernel_size": kernel_size, "kernel_stride": kernel_stride}
         compressed_attention(query, key, key, sums=sums, **common, **path)
@@ -157,18 +154,6 @@ def test_positions_in_any_order_and_chunks_choose_the_same(monkeypatch: pytest.M
     assert torch.equal(placed, whole[:, order])
     monkeypatch.setattr(score, "CHUNK_ELEMENTS", 2 * 16 * 2 * 17)
     assert torch.equal(choose_blocks(query, key, topk=4, route="triton", **arguments), whole)
-
-
-@pytest.mark.parametrize("distinct", [0, 7, 40])
-def test_the_least_chosen_block_sought_from_below_is_the_one_found_from_above(
-    distinct: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    query, key, arguments = rows_of(150, 380, (8, 4, 8), torch.bfloat16, distinct=distinct)
-    found = []
-    for least in (32, 2**30):
-        monkeypatch.setattr(score, "HEADED_BLOCKS", least)
-        found.append(choose_blocks(query[:, ::29], key, topk=9, route="triton", positions=PLACES, **arguments))
-    assert torch.equal(*found)
 
 
 def test_what_triton_cannot_score_is_refused_where_it_is_asked_for() -> None:
