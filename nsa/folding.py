@@ -64,7 +64,7 @@ def _cuts(queries: int, first: int, size: int, stride: int) -> list[tuple[int, i
     return [
         (empty, 0, 0),
         (front, 0, tokens),
-        (whole * stride, whole, after + whole),
+        (whole * stride, whole if whole > 1 else 0, after + whole),
         (back, 0, after + whole + 1),
     ]
 

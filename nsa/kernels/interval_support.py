@@ -49,11 +49,13 @@ def ladders(path: str, problem: SelectionProblem, device: torch.device) -> list[
 
 
 def _loads(path: str, problem: SelectionProblem, device: torch.device) -> Ladder:
-    """``loads_ladder``, and ``ring``: the kernel written for compute capability 9.0."""
+    """``loads_ladder``, and ``ring``, the kernel written for compute capability 9.0, where a tile of the default fits
+    it. Decode keeps ``pointer``."""
     usual = loads_ladder(path, problem, device)
     if ring_reason(path, problem, device):
         return usual
-    return {**usual, "ladder": (*usual["ladder"], "ring")}
+    best = usual["default"] if problem.mode == "decode" or padded(problem.h) < 2 else "ring"
+    return {**usual, "ladder": (*usual["ladder"], "ring"), "default": best}
 
 
 def ring_reason(path: str, problem: SelectionProblem, device: torch.device) -> str | None:

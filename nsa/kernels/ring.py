@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .interval import Interval, describe
-from .layout import LOG2E, power_of_two
+from .layout import LOG2E, power_of_two, unit_last
 
 LOWEST = gl.constexpr(-1.0e30)
 """Running maximum before any key: finite, so that exp2(-inf - LOWEST) is 0 and nothing is NaN."""
@@ -208,5 +208,5 @@ def forward(
 
 def describe_ring(tensor: Tensor, there: int, rows: int) -> TensorDescriptor:
     """A descriptor of ``rows`` keys of (B, G, N, D), which end at key ``there``. Raises as ``interval.describe``."""
-    plain = describe(tensor, max(1, there), rows, tensor.shape[3])
+    plain = describe(unit_last(tensor, "keys or values"), max(1, there), rows, tensor.shape[3])
     return TensorDescriptor(tensor, plain.shape, plain.strides, plain.block_shape, gl.NVMMASharedLayout(128, 16, 4))

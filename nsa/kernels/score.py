@@ -30,8 +30,8 @@ CHUNK_ELEMENTS = 2**26
 """Sums held at once: 256 MiB in float32, 512 MiB in float64."""
 RING_WIDTHS = (64, 128)
 """Head dims of ``score_ring``: whole rows of its swizzled shared memory."""
-RANK_BLOCKS = 1024
-"""Blocks that one warp ranks: 32 for each lane."""
+RANK_BLOCKS = 512
+"""Blocks that one warp ranks: 16 for each lane."""
 
 
 @triton.constexpr_function
@@ -212,9 +212,11 @@ def tiles(
     large = query.shape[4] > 128
     bulk = aligned and capability >= (9, 0) and not wide
     known = logsum is not None and interval.positions is None
-    fitting = query.shape[4] in RING_WIDTHS and interval.kernel_size <= block_size <= 64 * interval.kernel_stride
+    heads = power_of_two(query.shape[3])
+    fitting = query.shape[4] in RING_WIDTHS and 2 <= heads <= 32
+    fitting = fitting and interval.kernel_size <= block_size <= 64 * interval.kernel_stride
     if bulk and capability[0] == 9 and known and fitting and 64 * interval.kernel_stride % block_size == 0:
-        tokens = 128 // power_of_two(query.shape[3])
+        tokens = 128 // heads
         return {"tokens": tokens, "keys": 64, "warps": 4, "stages": 2, "loads": "ring", "registers": 168}
     return {
         "tokens": max(1, (64 if wide else 128 if large else 256) // power_of_two(query.shape[3])),

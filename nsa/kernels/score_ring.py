@@ -40,7 +40,9 @@ def fold(
     """Tile ``i``'s probabilities, added over heads and over each block's tokens."""
     logsum = lse.load(gl.SliceLayout(0, MMA))
     weight = gl.exp2(score * SCALE2 - logsum[None, :])
-    total = gl.convert_layout(gl.sum(weight.reshape([BN, TOKENS, HP]), 2), OUT)
+    PAIRS: gl.constexpr = HP // 2
+    total = gl.sum(gl.sum(weight.reshape([BN, TOKENS // 4, PAIRS, 4, 2]), 4), 2)
+    total = gl.convert_layout(total.reshape([BN, TOKENS]), OUT)
     key = gl.arange(0, BN, gl.SliceLayout(1, OUT))
     total = gl.where(key[:, None] < end[None, :] - i * BN, total, 0.0)
     over = gl.maximum(key % RATIO + KERNEL // STRIDE - RATIO, 0)
@@ -52,6 +54,15 @@ def fold(
     there = gl.convert_layout(kept, gl.SliceLayout(0, own.type.layout))[None, :] & (block < plane)[:, None]
     gl.store(target, own, mask=there)
     gl.store(target + plane, beyond, mask=there)
+
+
+@gluon.jit
+def member(column, HP: gl.constexpr):
+    """(token, head) of a column. The four lanes that share a row of scores hold two neighbouring columns of eight each;
+    a token's heads are the pairs of one lane, so that adding them up takes no exchange between lanes."""
+    octet = column // 8
+    token = octet // (HP // 2) * 4 + column % 8 // 2
+    return token, octet % (HP // 2) * 2 + column % 2
 
 
 @gluon.jit(do_not_specialize=["FIRST", "S", "keys", "first"])
@@ -89,19 +100,20 @@ def nsa_score_ring(
     row = gl.arange(0, M, gl.SliceLayout(1, LOAD))
     columns = gl.arange(0, DK, gl.SliceLayout(0, LOAD))
     base = Q + b.to(gl.int64) * sqb + g.to(gl.int64) * sqg + place * sqs
-    there = (start + row // HP < S) & (row % HP < H)
-    offset = (row // HP * sqs + row % HP * sqh)[:, None] + columns[None, :]
+    token, head = member(row, HP)
+    offset = (token * sqs + head * sqh)[:, None] + columns[None, :]
+    there = (start + token < S) & (head < H)
     loaded = gl.load(base + offset, mask=there[:, None], other=0.0)
     query = gl.allocate_shared_memory(TYPE, [M, DK], gl.NVMMASharedLayout(128, 16, 2), loaded).permute((1, 0))
-    column = gl.arange(0, M, gl.SliceLayout(0, MMA))
-    there = (start + column // HP < S) & (column % HP < H)
+    token, head = member(gl.arange(0, M, gl.SliceLayout(0, MMA)), HP)
     base = LSE + b.to(gl.int64) * slb + g.to(gl.int64) * slg + place * sls
-    logsum = gl.load(base + column // HP * sls + column % HP * slh, mask=there, other=float("inf"))
+    there = (start + token < S) & (head < H)
+    logsum = gl.load(base + token * sls + head * slh, mask=there, other=float("inf"))
     lse = gl.allocate_shared_memory(gl.float32, [M], gl.SwizzledSharedLayout(1, 1, 1, [0]), logsum)
-    token = start + gl.arange(0, TOKENS, gl.SliceLayout(0, OUT))
-    _, end = key_end(FIRST + first + token, keys, KERNEL, STRIDE)
-    line = ((b * G + g) * S + token).to(gl.int64) * (2 * plane)
-    kept = token < S
+    query_of = start + gl.arange(0, TOKENS, gl.SliceLayout(0, OUT))
+    _, end = key_end(FIRST + first + query_of, keys, KERNEL, STRIDE)
+    line = ((b * G + g) * S + query_of).to(gl.int64) * (2 * plane)
+    kept = query_of < S
     fence_async_shared()
     gl.thread_barrier()
 

@@ -34,6 +34,8 @@ def unsupported(problem: SelectionProblem, device: torch.device, parameters: Par
         return f"cudnn_compressed needs head dims of a multiple of 8 up to 128, got {problem.Dk} and {problem.Dv}"
     if problem.S != problem.T:
         return "cudnn_compressed needs a whole context, from position 0 on"
+    if (problem.S, problem.h) == (problem.kernel_size, 1):
+        return "cudnn_compressed cannot multiply one query by one token"
     return None
 
 

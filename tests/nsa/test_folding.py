@@ -37,7 +37,8 @@ def tensors(queries: int, first: int, batch: int) -> list[Tensor]:
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize(
-    ("queries", "first"), [(61, 0), (8, 0), (9, 0), (33, 10), (1, 20), (2, 9), (40, 7), (64, 8), (3, 13)]
+    ("queries", "first"),
+    [(61, 0), (8, 0), (9, 0), (33, 10), (1, 20), (2, 9), (40, 7), (64, 8), (3, 13), (12, 0), (11, 0)],
 )
 def test_output_log_sums_and_gradients_are_the_oracles(queries: int, first: int, batch: int) -> None:
     leaves = tensors(queries, first, batch)
@@ -71,3 +72,9 @@ def test_no_query_is_copied_and_each_problem_is_a_stride_shorter() -> None:
     (folded, causal, copied), (rest, dense, _) = calls
     assert (folded, causal, copied) == ((STRIDE, 8, 6, 8), True, False)
     assert (rest, dense) == ((1, 2 * 3, 2, 8), False)
+
+
+def test_one_whole_stride_is_rows_since_cudnn_refuses_one_query_of_one_token() -> None:
+    calls.clear()
+    by_residues(*tensors(7 + 4 + 1, 0, 1), attend, first_position=0, kernel_size=KERNEL, kernel_stride=STRIDE)
+    assert [(shape, causal) for shape, causal, _ in calls] == [((1, 4 * 3, 2, 8), False), ((1, 3, 2, 8), False)]

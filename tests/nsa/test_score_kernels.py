@@ -26,6 +26,8 @@ DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 SIZES = [(8, 4, 8), (16, 4, 4), (4, 4, 4), (6, 3, 9), (32, 16, 64)]
 """kernel_size, kernel_stride, block_size; of the second several blocks lie under the same tokens."""
 
+RING_3, RING_16 = (pytest.param(True, 64, heads, marks=pytest.mark.gpu) for heads in (3, 16))
+
 
 def rows_of(
     queries: int, first: int, sizes: tuple[int, int, int], dtype: torch.dtype, *, heads: int = 3, width: int = 16,
@@ -64,9 +66,7 @@ def test_any_sizes_topk_and_ties_choose_as_torch_does(sizes, queries, first, top
     assert torch.equal(choose_blocks(query, key, topk=topk, route="triton", **arguments), wanted)
 
 
-@pytest.mark.parametrize(
-    ("given_sums", "width", "heads"), [(False, 16, 3), (True, 16, 3), (True, 64, 3), (True, 64, 16)]
-)
+@pytest.mark.parametrize(("given_sums", "width", "heads"), [(False, 16, 3), (True, 16, 3), RING_3, RING_16])
 def test_sixteen_bit_rows_differ_only_where_scores_are_within_the_bound(
     given_sums: bool, width: int, heads: int
 ) -> None:
@@ -76,7 +76,7 @@ def test_sixteen_bit_rows_differ_only_where_scores_are_within_the_bound(
     logsum = None
     if given_sums:
         sums = LogSums()
-        path = {"path": "triton_compressed", "parameters": {"tokens": 4, "keys": 32}}
+        path = {"path": "triton_compressed", "parameters": {"tokens": 4, "keys": 32, "loads": "pointer"}}
         compressed_attention(query, key, key, first_position=0, kernel_size=8, kernel_stride=4, sums=sums, **path)
         logsum = sums.tensor
         assert logsum is not None
@@ -94,11 +94,11 @@ def test_sixteen_bit_rows_differ_only_where_scores_are_within_the_bound(
         assert float(scores.max() - scores.min()) <= 2 * bound
 
 
-@pytest.mark.parametrize("width", [16, 64])
+@pytest.mark.parametrize("width", [16, pytest.param(64, marks=pytest.mark.gpu)])
 def test_exact_ties_of_sixteen_bit_rows_go_to_the_lower_block(width: int) -> None:
     query, key, arguments = rows_of(80, 0, (4, 4, 4), torch.bfloat16, distinct=1, width=width)
     sums = LogSums()
-    path = {"path": "triton_compressed", "parameters": {"tokens": 4, "keys": 32}}
+    path = {"path": "triton_compressed", "parameters": {"tokens": 4, "keys": 32, "loads": "pointer"}}
     compressed_attention(query, key, key, first_position=0, kernel_size=4, kernel_stride=4, sums=sums, **path)
     for logsum in (None, sums.tensor):
         found = choose_blocks(query, key, topk=6, route="triton", logsum=logsum, **arguments)
@@ -134,7 +134,7 @@ def test_blocks_ranked_from_their_own_part_and_what_the_one_before_reaches_over_
     for queries, first in ((90, 0), (33, 71)):
         query, key, arguments = rows_of(queries, first, sizes, torch.float32)
         sums = LogSums()
-        path = {"path": "triton_compressed", "parameters": {"tokens": 4, "keys": 32}}
+        path = {"path": "triton_compressed", "parameters": {"tokens": 4, "keys": 32, "loads": "pointer"}}
         interval = Interval(kernel_size, kernel_stride, first_position=first)
         common = {"first_position": first, "kernel_size": kernel_size, "kernel_stride": kernel_stride}
         compressed_attention(query, key, key, sums=sums, **common, **path)
