@@ -73,6 +73,13 @@ class Seat:
             self.held = trial
         return self.worker.ask(verb, argument, timeout_s=timeout_s)
 
+    def forget(self, timeout_s: float) -> None:
+        """Let the worker drop what it holds, and its memory."""
+        if self.alive and self.held is not None:
+            assert self.worker is not None
+            self.worker.ask("forget", timeout_s=timeout_s)
+            self.held = None
+
     def close(self) -> None:
         """End the worker."""
         if self.worker is not None:
@@ -165,6 +172,8 @@ class Session:
             found = list(pool.map(one, candidates))
         proven = [(candidate, known) for candidate, known in zip(candidates, found, strict=True) if known is not None]
         self.assessed.update({candidate.name: known for candidate, known in proven})
+        for other in self.provers[1:]:
+            other.forget(self.timeout_s)
         return [candidate for candidate, _ in proven]
 
     def _prove(self, seat: Seat, candidate: Candidate, thorough: bool) -> Assessment:
@@ -200,7 +209,8 @@ class Session:
 
         A candidate that fails or kills the worker is left out with its outcome and the others start over.
         """
-        ready, failed = list(candidates), dict[str, Assessment]()
+        failed: dict[str, Assessment] = {}
+        ready = self._built(candidates, failed)
         done, began = Timed({}, failed), time.monotonic()
         taken = 0
         while ready and taken < count:
@@ -227,6 +237,18 @@ class Session:
             self._recheck(candidate, done)
         return done
 
+    def _built(self, candidates: Sequence[Candidate], failed: dict[str, Assessment]) -> list[Candidate]:
+        """Those that the timing worker holds: a failure in building one may have ended the worker that held others."""
+        ready = list(candidates)
+        while not self.timer.alive or any(candidate.name not in self.built for candidate in ready):
+            for candidate in ready:
+                if (found := self.assess(candidate, thorough=False)).outcome != "ok":
+                    failed[candidate.name] = found
+            ready = [candidate for candidate in ready if candidate.name not in failed]
+            if not ready:
+                break
+        return ready
+
     def _recheck(self, candidate: Candidate, done: Timed) -> None:
         """A candidate whose timed call gives something else after its rounds than before has no time."""
         try:
@@ -243,8 +265,7 @@ class Session:
         culprit = next((candidate for candidate in ready if candidate.name == about), ready[-1])
         failure = Assessment(outcome=error.outcome, reason=f"while timed: {error.reason}")
         failed[culprit.name] = self.assessed[culprit.name] = failure
-        rest = [candidate for candidate in ready if candidate is not culprit]
-        return [candidate for candidate in rest if self.assess(candidate, thorough=False).outcome == "ok"]
+        return self._built([candidate for candidate in ready if candidate is not culprit], failed)
 
     def call_sequence(self, candidate: Candidate, contexts: tuple[int, ...]) -> SequenceResult | Assessment:
         """The candidate along a sequence of contexts with one workspace; a failure is an assessment."""

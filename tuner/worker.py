@@ -7,6 +7,7 @@ every exception: what a candidate raises becomes an Outcome with its reason, and
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import resource
@@ -94,6 +95,9 @@ def serve(connection: Connection, device: str, memory_limit_bytes: int, stderr: 
                 bench = None
                 bench = open_bench(argument, about, memory_limit_bytes)
                 answer = bench.prepared()
+            elif verb == "forget":
+                bench = answer = None
+                release_memory(device)
             else:
                 assert bench is not None, "prepare comes first"
                 answer = getattr(bench, verb)(*argument)
@@ -107,6 +111,13 @@ def serve(connection: Connection, device: str, memory_limit_bytes: int, stderr: 
 def leaves(outcome: Outcome, device: str) -> bool:
     """Whether a worker ends after a failure: its CUDA context may be poisoned, and the tool starts a new one."""
     return outcome in ("oom", "crash") and torch.device(device).type == "cuda"
+
+
+def release_memory(device: str) -> None:
+    """Give memory that nothing holds any more back to the device, where other workers may need it."""
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def limit_memory(device: str, limit_bytes: int) -> None:

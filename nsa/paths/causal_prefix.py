@@ -173,6 +173,7 @@ def problem_of(query: Tensor, key: Tensor, value: Tensor, selection: Selection) 
         Dv=value.shape[3],
         block_size=selection.block_size,
         topk=selection.blocks.shape[3],
+        overlap=selection.overlap_hint,
         complete=True,
     )
 
