@@ -27,7 +27,7 @@ def tunables(problem: SelectionProblem, device: torch.device) -> tuple[Parameter
         Parameter("tokens", tokens or (1,), default),
         Parameter("step", tuple(size for size in (16, 32, 64, 128) if size <= problem.block_size), step),
         Parameter("warps", (2, 4, 8), 4),
-        Parameter("stages", (2, 3, 4), 2),
+        Parameter("stages", (2, 3, 4), 3 if problem.dtype == "bfloat16" else 2),
         Parameter("order", ("position", "overlap"), "overlap" if problem.overlap == "low" else "position"),
         Parameter(**support.loads_ladder("triton_union", problem, device)),
         *(Parameter(**ladder) for ladder in support.backward_ladders(problem)),

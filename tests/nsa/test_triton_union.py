@@ -14,6 +14,7 @@ prepare()
 
 import triton  # noqa: E402  asks for its mode once
 
+from nsa.kernels import union  # noqa: E402
 from nsa.kernels.order import CHUNK_TOKENS, nsa_union_order  # noqa: E402
 from nsa.paths import PATHS  # noqa: E402
 from nsa.selection import Selection  # noqa: E402
@@ -74,6 +75,28 @@ def test_an_order_holds_each_token_once_and_brings_together_those_that_share_blo
     groups = pair[:CHUNK_TOKENS][chunks[0].long()].view(-1, tokens)
     neighbours = pair[:CHUNK_TOKENS].view(-1, tokens)
     assert sum(len(set(row.tolist())) for row in groups) < sum(len(set(row.tolist())) for row in neighbours) / 1.5
+
+
+@pytest.mark.parametrize(("tokens", "slots"), [(2, 16), (4, 3), (16, 5)])
+def test_a_list_holds_each_chosen_block_once_ascending_with_the_tokens_that_chose_it(tokens: int, slots: int) -> None:
+    case = Case(S=2 * tokens + 1, T=70, n=slots)
+    blocks = case.selection.indices
+    tiles, places = 3, tokens * triton.next_power_of_2(slots)
+    entries = torch.empty(tiles * (places + 1), dtype=torch.int32, device=DEVICE)
+    union.nsa_union_entries[(tiles,)](
+        blocks, 70, None, None, entries, blocks.shape[1], 70, 1, 0, 0, *blocks.stride(),
+        N=slots, NP=places // tokens, BS=16, TENSOR_LENGTH=False, TOKENS=tokens, num_warps=1,
+    )  # fmt: skip
+    for tile in range(tiles):
+        bits: dict[int, int] = {}
+        for member, row in enumerate(blocks[0, tile * tokens : (tile + 1) * tokens, 0].tolist()):
+            limit = 70 - blocks.shape[1] + tile * tokens + member + 1
+            for block in row:
+                if 0 <= block * 16 < limit:
+                    bits[block] = bits.get(block, 0) | 1 << member
+        found = entries[tile * places : (tile + 1) * places].tolist()
+        assert found[: len(bits)] == [block << tokens | bits[block] for block in sorted(bits)]
+        assert entries[tiles * places + tile] == len(bits)
 
 
 @pytest.mark.parametrize("tokens", [48, 41])
