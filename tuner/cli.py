@@ -100,6 +100,18 @@ def doctor(json: JsonFlag = False) -> None:
 
 
 @app.command()
+def export(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, below OUT/records; the last one's word counts.")],
+    to: Annotated[Path, typer.Option(help="The table to write, beside what it holds for other problems.")],
+) -> None:
+    """Write a dispatch table from the records of runs, also of one that was cut short."""
+    from tuner import commands
+
+    with clear_errors():
+        commands.export(runs, to)
+
+
+@app.command()
 def regret(
     run: Annotated[Path, typer.Argument(help="A run's folder, below OUT/records.")],
     table: Annotated[Path | None, typer.Option(help="A dispatch table; by default the one in force here.")] = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tuner.console import DEFAULT_REGISTRY, choose_device, emit, read_registry, 
 from tuner.record import RunFolder, run_folders, write_whole
 from tuner.regret import mean_regrets, regrets
 from tuner.sweep import SweepError
-from tuner.table import entries_of
+from tuner.table import entries_of, write_table
 from tuner.table_page import page
 
 PR31: dict[Operation, dict[str, Any]] = {
@@ -59,11 +60,26 @@ def show(path: Path | None, *, markdown: Path | None, records: Path, json: bool)
     out.print(f"runs: {', '.join(sorted({entry.run_id for entry in table.entries}))}")
 
 
+def export(runs: Sequence[Path], to: Path) -> None:
+    """Write a table from records."""
+    for run in runs:
+        table, word = write_table(to, run_in(run), keep=True)
+        if word:
+            print(word, file=sys.stderr)
+        print(f"{run.name}: {len(table.entries)} entries in {to}")
+
+
+def run_in(folder: Path) -> RunFolder:
+    """The run in a folder. Raises SweepError where there is none."""
+    found = RunFolder(folder)
+    if not found.environment_file.exists():
+        raise SweepError(f"no run in {folder}: expected a folder with environment.json, as 'nsa-tune sweep' leaves it")
+    return found
+
+
 def regret(run: Path, path: Path | None, *, hold_out: bool, json: bool) -> None:
     """Print the regret of a table's answers against a run."""
-    folder = RunFolder(run)
-    if not folder.environment_file.exists():
-        raise SweepError(f"no run in {run}: expected a folder with environment.json, as 'nsa-tune sweep' leaves it")
+    folder = run_in(run)
     table = read_dispatch_table(path) if path else load_dispatch_table()
     found = regrets(table, folder.records()[0], hold_out=hold_out)
     if json:
@@ -77,7 +93,7 @@ def regret(run: Path, path: Path | None, *, hold_out: bool, json: bool) -> None:
     ]
     unknown = sum(one.regret is None for one in found)
     means += [f"unknown for {unknown}"] if unknown else []
-    out.print(f"regret: {'; '.join(means)}")
+    out.print(f"regret: {'; '.join(means)}", soft_wrap=True)
 
 
 def doctor(*, json: bool) -> None:

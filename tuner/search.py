@@ -120,7 +120,7 @@ class Search:
                 return folder, folder.repair()
         now = datetime.now(UTC)
         stem = f"{now:%Y%m%dT%H%M%S}-{self.commit[:7]}"
-        taken = sum(1 for path in root.glob(f"{stem}*") if path.is_dir())
+        taken = sum(1 for path in root.parent.glob(f"*/{stem}*") if path.is_dir())
         run_id = f"{stem}-{taken}" if taken else stem
         folder = RunFolder(root / run_id)
         folder.hold()

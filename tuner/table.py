@@ -36,22 +36,23 @@ def entries_of(records: Iterable[Record]) -> list[DispatchEntry]:
         if any(record.path == LAYER for record in group):
             found.update({entry.problem(): entry for entry in layer_entries(timed)})
             continue
-        for entry in filter(None, (entry_of(timed), incomplete_entry(timed))):
+        picked = entry_of(timed)
+        for entry in filter(None, (picked, incomplete_entry(timed, picked))):
             before = found.get(entry.problem())
             if before is None or PATTERN_RANK.index(entry.pattern) <= PATTERN_RANK.index(before.pattern):
                 found[entry.problem()] = entry
     return list(found.values())
 
 
-def incomplete_entry(records: list[Record]) -> DispatchEntry | None:
-    """From a shoot-out over complete selections, the pick for those that do not say so.
+def incomplete_entry(records: list[Record], entry: DispatchEntry | None) -> DispatchEntry | None:
+    """From a shoot-out whose pick runs complete selections only, the pick for those that do not say that they are.
 
-    To say so changes no kernel; it only lets some paths run. Without these the same rounds decide the same way. None
-    where none of them ran.
+    To say so changes no kernel; it only lets some paths run. Without these the same rounds decide the same way. A pick
+    that needs no hint serves all calls as it is.
     """
-    rest = [record for record in records if record.path not in PATHS or not PATHS[record.path].needs_complete]
-    if len(rest) == len(records):
+    if entry is None or not PATHS[entry.path].needs_complete:
         return None
+    rest = [record for record in records if not PATHS[record.path].needs_complete]
     return entry_of([msgspec.structs.replace(record, problem={**record.problem, "complete": False}) for record in rest])
 
 

@@ -9,18 +9,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from nsa.dispatch_table import DispatchEntry, DispatchTable
+from nsa.dispatch_table import DEFAULT_PATHS, DispatchEntry, DispatchTable
 from tuner.record import Environment, RunFolder, run_folders
 
 EXPLANATION = (
     "Each cell: the path, its median time, and that over the default's time in shared rounds with its interval "
-    "(*tied*: not certified faster; over the runner-up where the default itself is the pick)."
+    "(*tied*: not certified faster; over the runner-up where the default itself is the pick; *no default*: over the "
+    "first right candidate, the default being wrong or out of memory)."
 )
 
 
 def page(table: DispatchTable, records: Path) -> str:
     """The page. ``records``: folder in which the runs of the entries are looked for."""
-    runs = {folder.path.name: folder for folder in run_folders(records)}
+    runs: dict[str, list[RunFolder]] = {}
+    for folder in run_folders(records / table.device.slug):
+        runs.setdefault(folder.path.name, []).append(folder)
     blocks: dict[str, list[DispatchEntry]] = {}
     for entry in table.entries:
         blocks.setdefault(shape(entry), []).append(entry)
@@ -33,10 +36,11 @@ def page(table: DispatchTable, records: Path) -> str:
         "",
     ]
     for title, entries in blocks.items():
-        lines += [f"## {title}", "", *grid(entries), ""]
+        lines += [f"## {title}", "", *grid(entries, cuda=table.device.kind == "cuda"), ""]
     lines += ["## Runs", "", "| run | sweep | commit | device, power limit, SM clock at most |", "|---|---|---|---|"]
     for run_id in dict.fromkeys(entry.run_id for entry in table.entries):
-        lines.append(run_line(run_id, runs.get(run_id)))
+        found = runs.get(run_id, [])  # two where machines of one kind began in the same second
+        lines += [run_line(folder) for folder in found] or [f"| {run_id} | its records are not here | | |"]
     return "\n".join(lines) + "\n"
 
 
@@ -63,7 +67,7 @@ def call(entry: DispatchEntry) -> str:
     return ", ".join(words)
 
 
-def grid(entries: Sequence[DispatchEntry]) -> list[str]:
+def grid(entries: Sequence[DispatchEntry], *, cuda: bool) -> list[str]:
     """One row a kind of call, one column a context."""
     contexts = sorted({entry.T for entry in entries})
     rows: dict[str, dict[int, DispatchEntry]] = {}
@@ -71,7 +75,7 @@ def grid(entries: Sequence[DispatchEntry]) -> list[str]:
         rows.setdefault(call(entry), {})[entry.T] = entry
     lines = [f"| | {' | '.join(map(str, contexts))} |", "|---|" + "---|" * len(contexts)]
     for name in sorted(rows, key=order):
-        cells = [cell(rows[name][context]) if context in rows[name] else "" for context in contexts]
+        cells = [cell(rows[name][context], cuda=cuda) if context in rows[name] else "" for context in contexts]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
@@ -84,14 +88,16 @@ def order(name: str) -> tuple[int, int, str]:
     return next(i for i, kind in enumerate(kinds) if mode.startswith(kind)), batch, name
 
 
-def cell(entry: DispatchEntry) -> str:
+def cell(entry: DispatchEntry, *, cuda: bool) -> str:
     """``path`` time, ratio [interval]."""
     text = f"`{entry.path}` {duration(entry.median_us)}"
     if entry.ratio is None:
         return text
     high = "?" if entry.ratio_high is None else f"{entry.ratio_high:.3g}"
     tie = "" if entry.ratio_high is not None and entry.ratio_high < 1 else ", *tied*"
-    return f"{text}, {entry.ratio:.3g} [{entry.ratio_low or 0:.3g}, {high}]{tie}"
+    defaults = DEFAULT_PATHS[entry.operation]["cuda" if cuda else "cpu", entry.mode]
+    stood_in = entry.level == "branch" and entry.default is not None and entry.default.path not in defaults
+    return f"{text}, {entry.ratio:.3g} [{entry.ratio_low or 0:.3g}, {high}]{tie}{', *no default*' if stood_in else ''}"
 
 
 def duration(us: float) -> str:
@@ -99,12 +105,10 @@ def duration(us: float) -> str:
     return f"{us:.1f} us" if us < 100 else f"{us:.0f} us" if us < 1000 else f"{us / 1000:.3g} ms"
 
 
-def run_line(run_id: str, folder: RunFolder | None) -> str:
+def run_line(folder: RunFolder) -> str:
     """Where a run was made."""
-    if folder is None:
-        return f"| {run_id} | its records are not here | | |"
     found: Environment = folder.environment()
     units = {"power_limit_w": "W", "max_sm_mhz": "MHz"}
     known = [f"{found.clocks[name]:g} {unit}" for name, unit in units.items() if found.clocks.get(name)]
     machine = ", ".join((str(found.device["name"]), *known))
-    return f"| {run_id} | {found.sweep['name']} | {found.commit[:12]} | {machine} |"
+    return f"| {found.run_id} | {found.sweep['name']} | {found.commit[:12]} | {machine} |"

@@ -5,7 +5,7 @@ import torch
 
 import nsa
 from nsa.errors import UnsupportedPathError
-from nsa.paths import PATHS, reference
+from nsa.paths import PATHS, causal_prefix, reference
 from nsa.scoring import choose_blocks
 from nsa.selection import Selection
 from tuner.attest import FellBack, attest
@@ -129,3 +129,12 @@ def test_a_backend_that_cannot_run_the_head_dims_is_named_before():
         nsa.selection_attention(query, key, value, selection, path="causal_prefix", parameters={"prefix": "flash"})
     out = nsa.selection_attention(query, key, value, selection, path="causal_prefix")
     assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("overlap", ["low", "high"])
+def test_the_rows_behind_the_prefix_keep_what_the_caller_knows_of_their_overlap(overlap):
+    query, key, value, selection = complete_case(3 * PREFIX)
+    told = Selection.from_blocks(
+        selection.indices, block_size=SIZE, context_length=3 * PREFIX, overlap=overlap, complete=True
+    )
+    assert causal_prefix.problem_of(query, key, value, told).overlap == overlap

@@ -12,7 +12,7 @@ from nsa.device import device_identity, software_identity
 from nsa.dispatch_table import DispatchEntry, DispatchTable, read_dispatch_table
 from nsa.errors import DispatchTableError
 from nsa.problem import SelectionProblem
-from tuner.record import Environment, Record, RunFolder, Sample
+from tuner.record import Environment, Record, RunFolder, Sample, run_folders
 from tuner.table import entries_of, entry_of, write_table
 
 PARAMETERS = {
@@ -265,3 +265,17 @@ def test_a_run_without_a_shoot_out_keeps_what_the_table_had(tmp_path: Path) -> N
     table, _ = write_table(file, run(tmp_path, [record("gather", stage="screen")]), keep=True)
     assert [entry.T for entry in table.entries] == [32]
     assert isinstance(table, DispatchTable)
+
+
+COMMITTED = sorted((Path(__file__).parents[2] / "results" / "dispatch_tables").glob("*.json"))
+
+
+@pytest.mark.parametrize("file", COMMITTED, ids=lambda file: file.stem)
+def test_the_committed_table_is_what_the_committed_records_give(file: Path) -> None:
+    table = read_dispatch_table(file)
+    given: dict[tuple[str, SelectionProblem], DispatchEntry] = {}
+    for folder in run_folders(file.parents[1] / "records" / table.device.slug):
+        if folder.path.name in {entry.run_id for entry in table.entries}:
+            given |= {(folder.path.name, entry.problem()): entry for entry in entries_of(folder.records()[0])}
+    for entry in table.entries:
+        assert given[entry.run_id, entry.problem()] == entry

@@ -239,6 +239,28 @@ def timed(session: Session, *names: str) -> Timed:
     return session.time(ready, count=6, batch=3, first=10, budget_s=60.0)
 
 
+def test_who_ends_the_timing_worker_while_built_takes_nobody_with_it(session: Session) -> None:
+    names = ("gather", "exits_while_built", "dense")
+    outcomes = [session.assess(candidate(name), thorough=False).outcome for name in names]
+    assert outcomes == ["ok", "crash", "ok"]
+    found = session.time([candidate("gather"), candidate("dense")], count=6, batch=3, first=0, budget_s=60.0)
+    assert not found.failed
+    assert set(found.rounds()) == {candidate("gather").name, candidate("dense").name}
+
+
+def test_provers_that_wait_hold_nothing() -> None:
+    session = Session("cpu", timeout_s=PATIENT_S, provers=2)
+    try:
+        session.hold(TRIAL)
+        session.prove([candidate("gather"), candidate("dense")], math.inf, thorough=True, begun=lambda _: None)
+        first, second = session.provers
+        assert (first.held, second.held, second.alive) == (TRIAL, None, True)
+        session.prove([candidate("gather", row_chunk=16), candidate("raises")], math.inf, thorough=True, begun=print)
+        assert session.assessed[candidate("gather", row_chunk=16).name].outcome == "ok"
+    finally:
+        session.close()
+
+
 @pytest.mark.parametrize(
     ("culprit", "reason"),
     [
