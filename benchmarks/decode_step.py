@@ -230,9 +230,8 @@ def main() -> None:
                 print(f"{'':21} branches {record['branches']['us']:.0f} us", flush=True)
             torch.cuda.empty_cache()
         if len(flat) > 1:
-            print(
-                f"{name:14} up to {FLAT_TO} the longest queued step is {max(flat) / min(flat) - 1:+.0%} over the shortest"
-            )
+            spread = max(flat) / min(flat) - 1
+            print(f"{name:14} up to {FLAT_TO} the longest queued step is {spread:+.0%} over the shortest")
 
 
 if __name__ == "__main__":
