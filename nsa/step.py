@@ -68,7 +68,7 @@ def default_parameters(config: NSAConfig, rows: int, capacity: int, dtype: torch
         window_splits=min(support.padded(-(-config.window_size // tile)), max(1, share // 2)),
         compressed_tile=compressed_tile,
         tile=tile,
-        choice_splits=min(16, max(2, share // 4), support.padded(-(-blocks // 16))),
+        choice_splits=min(16, max(2, share // 4), support.padded(-(-blocks // 64))),
         blocks_at_once=at_once,
         attend_stages=2 if dtype == torch.float32 else 3,
     )
