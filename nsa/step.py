@@ -58,7 +58,7 @@ class StepParameters(msgspec.Struct, frozen=True, kw_only=True):
 def default_parameters(config: NSAConfig, rows: int, capacity: int, dtype: torch.dtype) -> StepParameters:
     """About two programs per multiprocessor and kernel, and no more programs of a row than it has tiles."""
     share = 1 << (max(1, 2 * PROCESSORS // rows).bit_length() - 1)
-    tile, compressed_tile = min(64, support.padded(config.block_size, 16)), 16 if dtype == torch.float32 else 64
+    tile, compressed_tile = min(64, support.padded(config.block_size, 16)), 32 if dtype == torch.float32 else 64
     tiles = max(1, capacity // config.kernel_stride // compressed_tile)
     blocks = -(-capacity // config.block_size)
     at_once = min(128, max(16, (1024 if dtype == torch.float32 else 2048) // support.padded(config.heads_per_group)))

@@ -17,8 +17,6 @@ INDEX = tl.constexpr(20)
 """``nsa.scoring.INDEX_BITS``."""
 LOW = tl.constexpr(2**20 - 1)
 ROUND = tl.constexpr(2**19)
-ROWS = tl.constexpr(16)
-"""Blocks that are compared with all others at once."""
 FORCED = tl.constexpr(0x7FF0_0000_0000_0000 >> 20)
 """``nsa.scoring.FORCED`` without the index bits."""
 
@@ -57,17 +55,21 @@ def ranks_of(block, logsum, reaching, top, share, own, WIDE: tl.constexpr):
 
 
 @triton.jit
-def pick_by_count(rank, every, PICK, own, begin, stride, TOPK: tl.constexpr, ROWS: tl.constexpr):
-    """Put those of the TOPK blocks of highest rank into their slots that lie ``begin`` + i * ``stride`` and ROWS on.
+def pick_by_count(rank, block, RANK, PICK, own, TOPK: tl.constexpr, TP: tl.constexpr):
+    """The TOPK blocks of highest rank among blocks 0 to ``own``, then -1: a block's slot is the number of those above.
 
-    A block's slot is the number of blocks above it, so that programs need not know of one another.
+    Compared with one scalar after the other: no shuffles and one barrier.
     """
-    rank = tl.where(every <= own, rank, -1)
-    for first in range(begin, own + 1, stride):
-        block = first + tl.arange(0, ROWS)
-        mine = tl.sum(tl.where(every[None, :] == block[:, None], rank[None, :], 0), 1)
-        slot = tl.sum((rank[None, :] > mine[:, None]).to(tl.int32), 1)
-        tl.store(PICK + slot, block, mask=(block <= own) & (slot < TOPK))
+    tl.store(RANK + block, rank, mask=block <= own)
+    tl.debug_barrier()
+    slot = tl.zeros_like(block)
+    for first in range(0, own + 1, 32):
+        for i in tl.static_range(32):
+            other = tl.load(RANK + first + i, mask=first + i <= own, other=-1)
+            slot += (other > rank).to(tl.int32)
+    tl.store(PICK + slot, block, mask=(block <= own) & (slot < TOPK))
+    slots = tl.arange(0, TP)
+    tl.store(PICK + slots, tl.full([TP], -1, tl.int32), mask=(slots > own) & (slots < TOPK))
 
 
 @triton.jit
@@ -114,9 +116,8 @@ def nsa_step_choose(
 ):
     """Grid (B * G * SHARES,): PICK (B * G, TOPK) gets the row's blocks, then -1, by the rules of ``nsa.scoring``.
 
-    Up to FEW blocks, or none where it is 0, are ranked by every program of the row, and each picks among its share. Of
-    more each program ranks its share, and the last one to finish picks: COUNTER (B * G,) is 0 before and after, RANK
-    (B * G, NB) int64 scratch.
+    Up to FEW blocks, or none where it is 0, are ranked and picked by one program of the row. Of more each program ranks
+    a share, and the last one to finish picks: COUNTER (B * G,) is 0 before and after, RANK (B * G, NB) int64 scratch.
     """
     row = tl.program_id(0) // SHARES
     b = row // G
@@ -127,14 +128,12 @@ def nsa_step_choose(
     kept = SCORE + (row.to(tl.int64) * H + heads)[:, None] * (2 * width)
     RANK += row.to(tl.int64) * NB
     if own < FEW:
-        every = tl.arange(0, max(FEW, 1))
-        logsum, reaching = block_sums(kept, every, count, heads, width, H, STRIDE, BS)
-        top, share = row_sum(TOP, TOTAL, row, heads, H, SPLITS, PARTS, WIDE)
-        rank = ranks_of(every, logsum, reaching, top, share, own, WIDE)
-        piece = tl.program_id(0) % SHARES
-        pick_by_count(rank, every, PICK + row * TOPK, own, piece * ROWS, SHARES * ROWS, TOPK, ROWS)
-        slots = tl.arange(0, TP)
-        tl.store(PICK + row * TOPK + slots, tl.full([TP], -1, tl.int32), mask=(slots > own) & (slots < TOPK))
+        if tl.program_id(0) % SHARES == 0:
+            block = tl.arange(0, max(FEW, 1))
+            logsum, reaching = block_sums(kept, block, count, heads, width, H, STRIDE, BS)
+            top, share = row_sum(TOP, TOTAL, row, heads, H, SPLITS, PARTS, WIDE)
+            rank = ranks_of(block, logsum, reaching, top, share, own, WIDE)
+            pick_by_count(rank, block, RANK, PICK + row * TOPK, own, TOPK, TP)
     else:
         top, share = row_sum(TOP, TOTAL, row, heads, H, SPLITS, PARTS, WIDE)
         begin = tl.program_id(0) % SHARES * tl.cdiv(own + 1, SHARES)
