@@ -33,6 +33,8 @@ SAMPLES = 15
 BYTES_PER_US = 4.3e6
 SLEEP_CYCLES = 10_000_000
 """About 5 ms, longer than the host takes for STEPS steps."""
+FLAT_TO = 8192
+"""Contexts up to which a step should take one time, whatever its context."""
 SHAPES: dict[str, dict[str, int]] = {
     "pr31": {"dim": 256, "num_heads": 8, "num_kv_heads": 2, "head_dim": 32},
     "large": {"dim": 8192, "num_heads": 64, "num_kv_heads": 4, "head_dim": 128},
@@ -209,6 +211,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     wanted = [int(text) for text in options.contexts.split(",") if text]
     for name in options.only:
+        flat: list[float] = []
         for context in wanted or CASES[name][3]:
             record = measure(name, context, options.room, options.branches)
             with open(options.out / f"{name}.jsonl", "a") as lines:
@@ -222,9 +225,13 @@ def main() -> None:
                 f"  waits {profile['host_waits']:.0f}  error {found['error']:.1e} of {found['bound']:.1e}",
                 flush=True,
             )
+            flat += [record["graph"]["queued_us"]] if context <= FLAT_TO else []
             if "branches" in record:
                 print(f"{'':21} branches {record['branches']['us']:.0f} us", flush=True)
             torch.cuda.empty_cache()
+        if len(flat) > 1:
+            spread = max(flat) / min(flat) - 1
+            print(f"{name:14} up to {FLAT_TO} the longest queued step is {spread:+.0%} over the shortest")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from .paths import PATHS
 from .paths.base import Bound
 from .planning import Attempt, Attempts, Overrides, Strict, call_problem, plan_call
 from .selection import Selection
-from .trace import ParameterValue, announce, recording
+from .trace import Notes, ParameterValue, announce, noted, recording
 from .workspace import Workspace
 
 
@@ -133,11 +133,19 @@ def selection_attention(
         if len(kinds) >= MAX_REMEMBERED:
             kinds.clear()
         known = kinds[call] = _Kind(plan)
-    out, ran = _run(known.plan, kind, query, key, value, selection, scale, workspace)
-    if known.served < 2 and ran is known.plan.first and not grad and not capturing:
+    if known.served > 1 or grad or capturing:
+        return _run(known.plan, kind, query, key, value, selection, scale, workspace)[0]
+    notes = Notes()
+    token = noted.set(notes if known.served else None)  # a kind of call that comes once is not worth binding
+    try:
+        out, ran = _run(known.plan, kind, query, key, value, selection, scale, workspace)
+    finally:
+        noted.reset(token)
+    if ran is known.plan.first:
         known.served += 1
-        if known.served == 2:  # a kind of call that comes once is not worth binding
-            known.bound = _bound(ran, query, key, value, selection, scale)
+        bind = PATHS[ran.candidate.path].bind() if known.served > 1 else None
+        if bind:
+            known.bound = bind(query, key, value, selection, scale, ran.candidate.parameters, out, notes)
     return out
 
 
@@ -150,14 +158,6 @@ class _Kind:
         self.plan = plan
         self.served = 0
         self.bound: Bound | None = None
-
-
-def _bound(
-    attempt: Attempt, query: Tensor, key: Tensor, value: Tensor, selection: Selection, scale: float
-) -> Bound | None:
-    bind = PATHS[attempt.candidate.path].bind()
-    parameters = attempt.candidate.parameters
-    return bind(attempt.function, query, key, value, selection, scale, parameters) if bind else None
 
 
 def _run_bound(known: _Kind, query: Tensor, key: Tensor, value: Tensor, selection: Selection) -> Tensor:

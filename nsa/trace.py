@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import msgspec
 
@@ -56,6 +57,20 @@ def record_paths() -> Iterator[PathRecorder]:
         _recorders.reset(token)
 
 
+class Notes:
+    """What one run of a path did: its launches, as the kernels' launcher appends them, and what it reported."""
+
+    __slots__ = ("launches", "reported")
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[Any, int, tuple[Any, ...]]] = []
+        self.reported: tuple[str, str, Mapping[str, ParameterValue]] | None = None
+
+
+noted: ContextVar[Notes | None] = ContextVar("noted", default=None)
+"""Where a run is noted down, if it is."""
+
+
 def recording() -> bool:
     """Whether anybody records."""
     return bool(_recorders.get())
@@ -69,6 +84,8 @@ def announce(status: str, reason: str) -> None:
 
 def executed(operation: str, path: str, parameters: Mapping[str, ParameterValue]) -> None:
     """Called by the innermost function of a path, after its work was launched."""
+    if (notes := noted.get()) is not None:
+        notes.reported = operation, path, parameters
     recorders = _recorders.get()
     if not recorders:
         return

@@ -215,6 +215,7 @@ def nsa_decode_combine(PART, OUT, LSE, H: tl.constexpr, DV: tl.constexpr, DVP: t
 
 
 COMBINE_WARPS = 2
+"""With 1 a batch of 8 took 10.1 us where it takes 7.9, with 4 14.5; one entry 4.7, 5.0 and 5.0."""
 
 
 class Call:

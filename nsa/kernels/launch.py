@@ -10,7 +10,6 @@ every profiler. The interpreter always goes through Triton.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +17,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from ..selection import Selection
+from ..trace import noted
 
 PLANS_AT_MOST = 1024
 """Keys held at a time; with one more all are forgotten, and found again at the price of a slow launch each."""
@@ -50,10 +50,6 @@ class Launcher:
         self._launch(wide, high, 1, self._stream(self._device), *self._fixed, *arguments)
 
 
-noted: ContextVar[list[tuple[Plan, int, tuple[Any, ...]]] | None] = ContextVar("noted", default=None)
-"""Where launches are noted down, if they are."""
-
-
 class Plan:
     """A kernel with what is the same at every call under one key: the last of its arguments, ``trailing``, and behind
     them its compile-time ones; and its launch options."""
@@ -71,7 +67,7 @@ class Plan:
     def __call__(self, grid: int, *arguments: Any) -> None:
         """Launch ``grid`` programs. Under one key the arguments must be alike in all that Triton specialises on."""
         if (notes := noted.get()) is not None:
-            notes.append((self, grid, arguments))
+            notes.launches.append((self, grid, arguments))
         if self._launcher is not None:
             given = [*arguments, *self._tail]
             for place in self._tensors:

@@ -63,8 +63,8 @@ def pick_by_count(rank, block, RANK, PICK, own, TOPK: tl.constexpr, TP: tl.const
     tl.store(RANK + block, rank, mask=block <= own)
     tl.debug_barrier()
     slot = tl.zeros_like(block)
-    for first in range(0, own + 1, 32):
-        for i in tl.static_range(32):
+    for first in range(0, own + 1, 16):
+        for i in tl.static_range(16):
             other = tl.load(RANK + first + i, mask=first + i <= own, other=-1)
             slot += (other > rank).to(tl.int32)
     tl.store(PICK + slot, block, mask=(block <= own) & (slot < TOPK))

@@ -1,4 +1,4 @@
-"""Bind a path whose work is launches of plans alone: note them once, and launch them again for calls alike.
+"""Bind a path whose work is launches of plans alone: launch what one run launched again, for calls alike.
 
 Integers, strides and grids are the same for calls alike; only tensors change. An argument is an input, the output, or
 memory that the path allocated and that its kernels fill. A path that does anything else to its memory (a ``zeros``, a
@@ -8,43 +8,36 @@ copy) cannot be bound like this; tests run bound paths on poisoned memory.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..selection import Selection
-from ..trace import ParameterValue, as_part, executed, record_paths
-from .launch import Plan, noted
+from ..trace import Notes, ParameterValue, executed
 
 
 def bind(
-    function: Callable[..., Tensor],
     query: Tensor,
     key: Tensor,
     value: Tensor,
     selection: Selection,
     scale: float,
     parameters: dict[str, ParameterValue],
+    out: Tensor,
+    notes: Notes,
 ) -> Callable[[Tensor, Tensor, Tensor, Selection], Tensor] | None:
-    """``function``, which is a path's ``run``, for calls alike. It runs once more, noted.
+    """A path's run that gave ``out`` and ``notes``, for calls alike.
 
     None where the notes do not say it all: inputs that share memory, tensor maps, a query that is turned first.
     """
-    launches: list[tuple[Plan, int, tuple[Any, ...]]] = []
-    token = noted.set(launches)
-    try:
-        with as_part(), record_paths() as seen:
-            out = function(query, key, value, selection, scale=scale, workspace=None, **parameters)
-    finally:
-        noted.reset(token)
     inputs = tensors_of(query, key, value, selection)
     places = {tensor.data_ptr(): i for i, tensor in enumerate((*inputs, out))}
-    arguments = [argument for _, _, given in launches for argument in given]
+    arguments = [argument for _, _, given in notes.launches for argument in given]
     tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
     plain = all(argument is None or isinstance(argument, (Tensor, int, float)) for argument in arguments)
     whole = scale >= 0 and out.is_contiguous() and all(tensor.numel() for tensor in tensors)
-    if not plain or not whole or len(places) <= len(inputs) or out.data_ptr() not in {t.data_ptr() for t in tensors}:
+    written = out.data_ptr() in {tensor.data_ptr() for tensor in tensors}
+    if not plain or not whole or not written or len(places) <= len(inputs) or notes.reported is None:
         return None
     scratch: list[tuple[int, torch.dtype]] = []
     for tensor in tensors:
@@ -58,10 +51,10 @@ def bind(
             [None if isinstance(argument, Tensor) else argument for argument in given],
             [(i, places[argument.data_ptr()]) for i, argument in enumerate(given) if isinstance(argument, Tensor)],
         )
-        for plan, grid, given in launches
+        for plan, grid, given in notes.launches
     ]
     shape, dtype, device = out.shape, out.dtype, out.device
-    record = seen.executed[-1]
+    reported = notes.reported
 
     def again(query: Tensor, key: Tensor, value: Tensor, selection: Selection) -> Tensor:
         out = torch.empty(shape, dtype=dtype, device=device)
@@ -72,7 +65,7 @@ def bind(
             for place, source in sources:
                 filled[place] = tensors[source]
             plan(grid, *filled)
-        executed(record.operation, record.path, record.parameters)
+        executed(*reported)
         return out
 
     return again

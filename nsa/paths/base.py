@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..problem import Mode, Operation, SelectionProblem
 from ..selection import Selection
-from ..trace import ParameterValue
+from ..trace import Notes, ParameterValue
 from ..workspace import Workspace
 
 Parameters = Mapping[str, ParameterValue]
@@ -104,15 +104,16 @@ class PathBind(Protocol):
 
     def __call__(
         self,
-        function: PathRun,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         selection: Selection,
         scale: float,
         parameters: dict[str, ParameterValue],
+        out: Tensor,
+        notes: Notes,
     ) -> Bound | None:
-        """For calls like one that ``function``, the path's run, has just served; None where they cannot be bound."""
+        """For calls like the one that has just given ``out``, as noted; None where they cannot be bound."""
 
 
 class SelectionPath(msgspec.Struct, frozen=True, kw_only=True):

@@ -12,9 +12,9 @@ from torch import Tensor
 from ..kernels import support
 from ..problem import SelectionProblem
 from ..selection import Selection
-from ..trace import ParameterValue, executed
+from ..trace import Notes, ParameterValue, executed
 from ..workspace import Workspace
-from .base import Bound, Evidence, Parameter, Parameters, PathRun
+from .base import Bound, Evidence, Parameter, Parameters
 
 COMBINE = r"^nsa_decode_combine$"
 
@@ -113,13 +113,14 @@ def run(
 
 
 def bind(
-    function: PathRun,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     selection: Selection,
     scale: float,
     parameters: dict[str, ParameterValue],
+    out: Tensor,
+    notes: Notes,
 ) -> Bound | None:
     """``run`` for calls alike; None for a negative scale, where it turns the query first."""
     if scale < 0:

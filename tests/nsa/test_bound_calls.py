@@ -12,6 +12,7 @@ prepare()
 
 import nsa  # noqa: E402  kernels load Triton, which asks for its mode once
 from nsa import dispatch  # noqa: E402
+from nsa.kernels.launch import Plan  # noqa: E402
 from nsa.trace import record_paths  # noqa: E402
 
 from .test_triton_paths import DEVICE, Case, assert_close, poisoned  # noqa: E402, F401  a fixture
@@ -142,3 +143,19 @@ def test_a_kind_that_cannot_be_bound_is_tried_once(monkeypatch):
 
 def never(*given):
     """Stands in for a path's bind."""
+
+
+def test_no_call_of_a_kind_launches_more_than_another(run, monkeypatch):
+    counts, plain = [], Plan.__call__
+
+    def counted(self, grid, *arguments):
+        counts[-1] += 1
+        plain(self, grid, *arguments)
+
+    monkeypatch.setattr(Plan, "__call__", counted)
+    case = Case(S=5, B=1, T=39)
+    for _ in range(4):
+        counts.append(0)
+        run(case)
+    assert counts[0] > 0
+    assert len(set(counts)) == 1
