@@ -69,7 +69,8 @@ class PickInfo(msgspec.Struct, frozen=True, kw_only=True):
     """A table entry: the pick, what ``ratio`` compares it with (the default; its runner-up where it is the default).
 
     ``certainty``: "certified" where a stated error rate backs the pick, "tie" where the default stays because nothing
-    is certified against it, "unopposed" where no pair exists. ``ratio_low`` 0.0 and ``ratio_high`` None: not bounded.
+    is certified against it, "unopposed" where no pair exists. ``base``: "stand-in" where the default failed and the
+    first right candidate is compared with instead. ``ratio_low`` 0.0 and ``ratio_high`` None: not bounded.
     """
 
     family: Family
@@ -77,6 +78,7 @@ class PickInfo(msgspec.Struct, frozen=True, kw_only=True):
     pick: Candidate
     against: Candidate | None
     stays: bool
+    base: Literal["default", "stand-in"]
     certainty: Certainty
     ratio: float | None
     ratio_low: float
@@ -226,25 +228,37 @@ def quantile(values: Iterable[float], share: float) -> float:
 
 
 def pick_infos(entries: Iterable[DispatchEntry], records: Iterable[Record]) -> tuple[PickInfo, ...]:
-    """A table's entries, by family and context; the default of each problem is its records' baseline."""
+    """A table's entries, by family and context; what each is compared with is its records' baseline.
+
+    An entry for calls without the hint that comes from rounds with it (``table.incomplete_entry``) is left out.
+    """
     defaults: dict[tuple[SelectionProblem, str], Candidate] = {}
+    measured, failing = set(), set()
     for record in records:
-        if record.baseline:
-            problem = msgspec.convert(record.problem, SelectionProblem)
-            defaults[problem, record.pattern] = Candidate(path=record.path, parameters=record.parameters)
-    found = [_pick_info(entry, defaults.get((entry.problem(), entry.pattern))) for entry in entries]
+        key = msgspec.convert(record.problem, SelectionProblem), record.pattern
+        measured.add(key)
+        if record.baseline and record.outcome == "ok":
+            defaults[key] = Candidate(path=record.path, parameters=record.parameters)
+        elif record.baseline and record.stage == "screen":
+            failing.add(key)
+    found = []
+    for entry in entries:
+        key = entry.problem(), entry.pattern
+        hinted = msgspec.structs.replace(entry.problem(), complete=True), entry.pattern
+        if key in measured or hinted not in measured:
+            found.append(_pick_info(entry, defaults.get(key), "stand-in" if key in failing else "default"))
     order = list(dict.fromkeys(info.family for info in found))
     return tuple(sorted(found, key=lambda info: (order.index(info.family), info.T)))
 
 
-def _pick_info(entry: DispatchEntry, default: Candidate | None) -> PickInfo:
+def _pick_info(entry: DispatchEntry, default: Candidate | None, base: Literal["default", "stand-in"]) -> PickInfo:
     pick = Candidate(path=entry.path, parameters=entry.parameters)
     stays = pick == default
     compared = entry.ratio is not None and entry.pairs > 0
     certainty: Certainty = "unopposed" if not compared else "tie" if stays and entry.tied else "certified"
     return PickInfo(
         family=family_of(entry.problem(), entry.pattern), T=entry.T, pick=pick,
-        against=entry.runner_up if stays else default, stays=stays, certainty=certainty,
+        against=entry.runner_up if stays else default, stays=stays, base=base, certainty=certainty,
         ratio=entry.ratio if compared else None, ratio_low=entry.ratio_low or 0.0, ratio_high=entry.ratio_high,
         pairs=entry.pairs, e_value=entry.e_value if compared else None,
     )  # fmt: skip

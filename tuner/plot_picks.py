@@ -35,6 +35,8 @@ LINE_IN = 0.15
 COLUMNS = {34: "pairs", 84: "E"}  # right edges, in points from the axes; a fixed width, so that the layout settles
 BEYOND = 4.0  # an interval is drawn to this factor beyond the ratios shown, then it ends in an arrow
 
+STAND_IN = " Stand-in: the first right candidate, the default being wrong or out of memory."
+
 Labels = Mapping[Family, str]
 
 
@@ -46,7 +48,7 @@ def winners_figure(picks: Sequence[PickInfo], labels: Labels, subtitle: str, sty
     caption = (
         "Filled: certified. Hatched: the default stays by a tie, nothing being certified against it. White: nothing "
         "to compare with. Ratio: time over the default's; where the default stays, over its runner-up's."
-    )
+    ) + (STAND_IN if any(pick.base == "stand-in" for pick in picks) else "")
     width = max(5.0, LABELS_IN + CELL_IN * len(blocks[0]))
     figure = sheet(
         "Which path the table names", subtitle, caption, (width, 1.5 + (0.4 + ROW_IN * len(families)) * len(blocks))
@@ -74,17 +76,17 @@ def _cell(axes: Axes, column: int, row: int, pick: PickInfo, style: PathStyle) -
     )  # fmt: skip
     axes.add_patch(box)
     back = {"facecolor": "white", "edgecolor": "none", "pad": 1.5} if tie else None
-    than = "runner-up" if pick.stays else "default"
+    than = "runner-up" if pick.stays else pick.base
     ratio = "" if pick.ratio is None else f"\n{ratio_text(pick.ratio)} {than}"
     text = f"{pick.pick.path}{ratio}\n{standing(pick)}"
     axes.text(column, row, text, ha="center", va="center", fontsize=SMALL_PT, linespacing=1.15, bbox=back)
 
 
 def standing(pick: PickInfo) -> str:
-    """How the pick stands, in two words: "faster", "default: best", "default: tie", "only one"."""
+    """How the pick stands, in two words: "faster", "default: best", "stand-in: tie", "only one"."""
     if pick.certainty == "unopposed":
         return "only one"
-    return f"default: {'tie' if pick.certainty == 'tie' else 'best'}" if pick.stays else "faster"
+    return f"{pick.base}: {'tie' if pick.certainty == 'tie' else 'best'}" if pick.stays else "faster"
 
 
 def evidence_figure(
@@ -96,7 +98,7 @@ def evidence_figure(
     caption = (
         "Mark: median ratio. Filled: certified; hollow: tie. Bar: ratios that the pairs do not reject; an arrow where "
         "it goes on. A row compares the pick with the default, or the default with its runner-up."
-    )
+    ) + (STAND_IN if any(pick.base == "stand-in" for pick in picks) else "")
     figure = sheet("How sure each pick is", subtitle, caption, (WIDTH_IN, 1.9 + LINE_IN * lines))
     axes = figure.subplots()
     low, high = ratio_range(picks)
@@ -174,7 +176,7 @@ def contest(pick: PickInfo) -> str:
     if pick.against is None:
         return f"{pick.pick.path} alone"
     mine, other = short_names(pick.pick, pick.against)
-    return f"{mine} (default) vs {other}" if pick.stays else f"{mine} vs {other} (default)"
+    return f"{mine} ({pick.base}) vs {other}" if pick.stays else f"{mine} vs {other} ({pick.base})"
 
 
 def short_names(one: Candidate, other: Candidate) -> tuple[str, str]:
