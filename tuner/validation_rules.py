@@ -93,7 +93,8 @@ def failures(found: Validation) -> Iterable[Reason]:
         if record.outcome == "ok" or limit:
             continue
         place = f"{record.problem['mode']} T={record.problem['T']} {record.problem['dtype']}"
-        seen.setdefault((operation_of(record), record.path, record.outcome), []).append(f"{place}: {record.reason}")
+        why = " ".join(record.reason.split())
+        seen.setdefault((operation_of(record), record.path, record.outcome), []).append(f"{place}: {why}")
     for (operation, path, outcome), where in seen.items():
         more = f" (and {len(where) - 1} more)" if len(where) > 1 else ""
         yield Reason(rule="failed", text=f"{operation} by {path}: {outcome} at {where[0]}{more}")

@@ -116,6 +116,11 @@ def test_a_crash_names_the_innermost_line() -> None:
     assert said == f"ZeroDivisionError: a defect (at {Path(__file__).name}:{line})"
 
 
+def test_a_message_of_many_lines_is_said_in_one() -> None:
+    outcome, said = classify(CompilationError("ptxas failed\n`stderr`:\n  line 3\n"))
+    assert (outcome, said) == ("compile_error", "CompilationError: ptxas failed `stderr`: line 3")
+
+
 def test_a_long_message_is_cut() -> None:
     assert len(classify(RuntimeError("x" * 10_000))[1]) < 600
 
