@@ -7,6 +7,7 @@ once per kind of call and remembered, so a repeated call costs a dictionary look
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -115,11 +116,14 @@ def selection_attention(
         raise ArgumentError(f"context_length {length.tolist()} exceeds the {key.shape[-2]} keys that were passed")
     chosen_table = None if path != "auto" else table or active_dispatch_table(kind)
     kinds: dict[Any, _Kind] = _forced_plans if chosen_table is None else chosen_table.plans  # type: ignore[attr-defined]
+    layout = None
+    if bindable := kind == "cuda" or "triton" in sys.modules:  # elsewhere nothing depends on layouts
+        aligned = (query.data_ptr() | key.data_ptr() | value.data_ptr()) & 15
+        layout = query.stride(), key.stride(), value.stride(), aligned, selection.layout
     call = (
-        shape, key.shape, value.shape, query.stride(), key.stride(), value.stride(),
-        (query.data_ptr() | key.data_ptr() | value.data_ptr()) & 15,
+        shape, key.shape, value.shape, layout,
         query.dtype, key.dtype, value.dtype, device, key.device, value.device,
-        selection.signature, selection.layout, fixed, scale, grad, capturing, strict, prefer, avoid,
+        selection.signature, fixed, scale, grad, capturing, strict, prefer, avoid,
         path, tuple(parameters.items()) if parameters else None, repr(overrides) if overrides else None,
     )  # fmt: skip
     known = kinds.get(call)
@@ -133,7 +137,7 @@ def selection_attention(
         if len(kinds) >= MAX_REMEMBERED:
             kinds.clear()
         known = kinds[call] = _Kind(plan)
-    if known.served > 1 or grad or capturing:
+    if known.served > 1 or grad or capturing or not bindable:
         return _run(known.plan, kind, query, key, value, selection, scale, workspace)[0]
     notes = Notes()
     token = noted.set(notes if known.served else None)  # a kind of call that comes once is not worth binding
