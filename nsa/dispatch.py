@@ -118,8 +118,10 @@ def selection_attention(
     kinds: dict[Any, _Kind] = _forced_plans if chosen_table is None else chosen_table.plans  # type: ignore[attr-defined]
     layout = None
     if bindable := kind == "cuda" or "triton" in sys.modules:  # elsewhere nothing depends on layouts
-        aligned = (query.data_ptr() | key.data_ptr() | value.data_ptr()) & 15
-        layout = query.stride(), key.stride(), value.stride(), aligned, selection.layout
+        layout = (
+            query.stride(), key.stride(), value.stride(),
+            query.data_ptr() & 15, key.data_ptr() & 15, value.data_ptr() & 15, selection.layout,
+        )  # fmt: skip
     call = (
         shape, key.shape, value.shape, layout,
         query.dtype, key.dtype, value.dtype, device, key.device, value.device,
@@ -128,7 +130,10 @@ def selection_attention(
     )  # fmt: skip
     known = kinds.get(call)
     if known is not None and known.bound is not None and not torch.is_autocast_enabled(kind):
-        return _run_bound(known, query, key, value, selection)
+        try:
+            return _run_bound(known, query, key, value, selection)
+        except UnsupportedPathError:
+            known.bound = None  # below the chain is followed, which says so
     if key.dim() == value.dim() == 4 and 0 <= fixed < key.shape[2]:
         key, value = key[:, :, :fixed], value[:, :, :fixed]
     if known is None:

@@ -121,6 +121,7 @@ class Selection:
             if context_length.shape != (batch,):
                 raise ArgumentError(f"context_length must be (B,) = ({batch},), got {tuple(context_length.shape)}")
             _check_device("context_length", context_length, indices)
+            context_length = context_length.contiguous()  # kernels read one after the other
         elif context_length < 1:
             raise ArgumentError(f"context_length must be at least 1, got {context_length}")
         if query_positions is not None:

@@ -28,6 +28,7 @@ GRADIENT_SCORES, LEAST_GRADIENT_ROWS = 2**26, 32
 EXP_ERROR = 2.0**-20
 """Relative error of the least exact exponential in use: torch's SDPA on a CPU takes exp_u20, 20 bits; ex2.approx of a
 GPU and libm are better."""
+KEYS_TOGETHER = 64
 TURNS = (1.0, -1.0)
 """What the queries of the two calls of a training step are multiplied with."""
 
@@ -60,7 +61,9 @@ class GradientOracle:
     """Gradients of two calls that share keys, values and a workspace, in float64, and the derived bounds.
 
     A bound is the largest of twice the error that the same formula has in the working dtype, 4*eps of the largest
-    gradient, and what weights that are right to EXP_ERROR may do (``weight_errors``).
+    gradient, and what weights that are right to EXP_ERROR may do (``weight_errors``): of queries one bound, of keys and
+    values one for each KEYS_TOGETHER neighbours, since a key that every row reads has a thousand times the gradient of
+    one that few do.
     """
 
     def __init__(self, inputs: Inputs, scale: float) -> None:
@@ -75,10 +78,12 @@ class GradientOracle:
         self.truth = self._gradients(torch.float64)
         usual = self._gradients(inputs.query.dtype)
         least = 4 * torch.finfo(inputs.query.dtype).eps
-        self.bounds = [
-            max(2 * float((found.double() - want).abs().max()), least * float(want.abs().max()), EXP_ERROR * error)
-            for found, want, error in zip(usual, self.truth, self._weight_errors(), strict=True)
-        ]
+        self.bounds = []
+        for found, want, error in zip(usual, self.truth, self._weight_errors(), strict=True):
+            grouped = want.dim() == 4
+            parts = (2 * (found.double() - want).abs(), least * want.abs(), EXP_ERROR * error)
+            most = [largest(part) if grouped else part.max() for part in parts]
+            self.bounds.append(torch.stack(most).amax(0))
 
     def _pieces(self) -> Iterator[Piece]:
         inputs = self.inputs
@@ -117,27 +122,31 @@ class GradientOracle:
                 piece.add(total, part)
         return [query_grad, *sums]
 
-    def _weight_errors(self) -> list[float]:
-        of_query = 0.0
+    def _weight_errors(self) -> list[Tensor]:
+        of_query = torch.zeros((), dtype=torch.float64, device=self.inputs.query.device)
         sums = [
             torch.zeros(t.shape, dtype=torch.float64, device=t.device) for t in (self.inputs.key, self.inputs.value)
         ]
         for piece in self._pieces():
             parts = [weight_errors(piece, self.scale, turn) for turn in TURNS]
-            of_query = max(of_query, float(torch.stack([part[0] for part in parts]).sum(0).max()))
+            of_query = torch.maximum(of_query, torch.stack([part[0] for part in parts]).sum(0).max())
             for _, *rest in parts:
                 for total, part in zip(sums, rest, strict=True):
                     piece.add(total, part)
-        return [of_query, *(float(total.max()) for total in sums)]
+        return [of_query, *sums]
 
     def compare(self, call: Call, workspace: Workspace) -> None:
         """Two steps with one workspace, poisoned in between. Raises WrongResult."""
         for step in ("first", "second"):
             gradients = two_calls(call, self.inputs, workspace, self.rows, self.rows)
             for name, found, want, bound in zip("qkv", gradients, self.truth, self.bounds, strict=True):
-                error = float((found.double() - want).abs().max())
-                if not error <= bound:
-                    raise WrongResult(f"{step} step: gradient of {name} off by {error:.3g}, derived bound {bound:.3g}")
+                error = (found.double() - want).abs()
+                beyond = (~(error <= bound)).nonzero()
+                if len(beyond):
+                    place = tuple(beyond[0].tolist())
+                    off, allowed = error[place], bound.expand_as(error)[place]
+                    said = f"gradient of {name} off by {off:.3g} at {place}, derived bound {allowed:.3g}"
+                    raise WrongResult(f"{step} step: {said}")
             workspace.poison()
 
 
@@ -157,6 +166,13 @@ def keys_read(selection: Selection, keys: int) -> tuple[Tensor, Tensor]:
         read.append(fresh[..., None] & (token <= position) & (token < length) & (token < keys))
         places.append(token.clamp(0, keys - 1))
     return torch.cat(places, -1), torch.cat(read, -1)
+
+
+def largest(part: Tensor) -> Tensor:
+    """(B, G, T, D) -> (B, G, T, 1): the largest element of each KEYS_TOGETHER neighbouring keys."""
+    batch, groups, keys, _ = part.shape
+    of_key = torch.nn.functional.pad(part.amax(-1), (0, -keys % KEYS_TOGETHER)).view(batch, groups, -1, KEYS_TOGETHER)
+    return of_key.amax(-1).repeat_interleave(KEYS_TOGETHER, -1)[..., :keys, None]
 
 
 def attention_over(query: Tensor, key: Tensor, value: Tensor, piece: Piece, scale: float) -> Tensor:
@@ -196,8 +212,8 @@ def weight_errors(piece: Piece, scale: float, turn: float) -> list[Tensor]:
     """By how much the gradients of a piece's query, key and value in one call are off at most, to first order, for a
     unit of relative error in every weight P = exp(score - top).
 
-    Normalised, P_j is off by at most P_j, delta by m = sum of P_j |dP_j - delta|, so dS by P (|dP - delta| + m), and
-    its sums over keys and rows by the same sums of absolute values.
+    Normalised, P_j is off by at most 2 P_j (1 - P_j), delta by m = sum of P_j |dP_j - delta|, so dS_j by
+    2 P_j (1 - P_j) |dP_j - delta| + P_j m, and its sums over keys and rows by the same sums of absolute values.
     """
     query, key, value = piece.query.double() * turn, piece.key.double(), piece.value.double()
     upstream = loss_weight(torch.Size((*query.shape[:4], value.shape[-1])), piece.rows, query.dtype)
@@ -205,9 +221,10 @@ def weight_errors(piece: Piece, scale: float, turn: float) -> list[Tensor]:
     weights = scores.masked_fill(~piece.read[:, :, :, None], float("-inf")).softmax(-1).nan_to_num(0.0)
     slope = torch.einsum(f"{piece.keys},bsghd->bsght", value, upstream)
     slope = (slope - (weights * slope).sum(-1, keepdim=True)).abs()
-    slope = weights * (slope + (weights * slope).sum(-1, keepdim=True)) * scale
+    moved = 2 * weights * (1 - weights)
+    slope = (moved * slope + weights * (weights * slope).sum(-1, keepdim=True)) * scale
     return [
         torch.einsum(f"bsght,{piece.keys}->bsghd", slope, key.abs()),
         torch.einsum(f"bsght,bsghd->{piece.keys}", slope, query.abs()),
-        torch.einsum(f"bsght,bsghd->{piece.keys}", weights, upstream.abs()),
+        torch.einsum(f"bsght,bsghd->{piece.keys}", moved, upstream.abs()),
     ]

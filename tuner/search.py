@@ -183,7 +183,7 @@ class Search:
                 self._fail(family, problem, "screen", candidate, assessment)
         self._working(family, problem, f"screening {len(ready)} candidates")
         if ready:
-            self._time(family, problem, "screen", ready, SCREEN_ROUNDS, base if base in ready else ready[0])
+            self._time(family, problem, "screen", ready, SCREEN_ROUNDS, base)
 
     def shoot_out(self, family: Family, problem: SelectionProblem) -> None:
         """Fresh pairs of the finalists and the baseline, until settled, out of time or out of pairs."""
@@ -195,7 +195,7 @@ class Search:
         self.session.release(finalists)
         ready = [c for c in finalists if self.session.assess(c, thorough=False).outcome == "ok"]
         self._working(family, problem, f"shoot-out of {len(ready)}")
-        if base in ready:
+        if ready:
             self._time(family, problem, "shootout", ready, self.effort.pairs, base)
 
     def finalists(self, family: Family, problem: SelectionProblem) -> list[Candidate]:
@@ -250,6 +250,13 @@ class Search:
                     return Candidate(path=record.path, parameters=record.parameters)
         return default
 
+    def standing_in(self, base: Candidate, right: list[Candidate]) -> Candidate:
+        """The baseline where it is among the right candidates, else the first of them; one that all calls can take."""
+        if base in right or not right:
+            return base
+        paths = self.paths
+        return next((c for c in right if c.path not in paths or not paths[c.path].needs_complete), right[0])
+
     def default(self, problem: SelectionProblem) -> Candidate:
         """The literal default."""
         return default_candidate(problem, torch.device(self.device).type)
@@ -269,8 +276,11 @@ class Search:
         self, family: Family, problem: SelectionProblem, stage: Stage, ready: list[Candidate], count: int,
         base: Candidate,
     ) -> None:  # fmt: skip
+        base = self.standing_in(base, ready)
+
         def settled(taken: dict[str, dict[int, float]]) -> bool:
-            return stage == "shootout" and verdict.settled(base.name, aligned(taken), alpha=verdict.PICK_ALPHA)
+            against = self.standing_in(base, [candidate for candidate in ready if candidate.name in taken])
+            return stage == "shootout" and verdict.settled(against.name, aligned(taken), alpha=verdict.PICK_ALPHA)
 
         timed = self.session.time(
             ready, count=count, batch=SCREEN_ROUNDS if stage == "screen" else SHOOTOUT_BATCH,
@@ -281,6 +291,7 @@ class Search:
         for candidate in ready:
             if candidate.name in timed.failed:
                 self._fail(family, problem, stage, candidate, timed.failed[candidate.name])
+        base = self.standing_in(base, [candidate for candidate in ready if candidate.name in timed.timings])
         self._append(
             [
                 self._record(family, problem, stage, candidate, base, timings=timed.timings[candidate.name])

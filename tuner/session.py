@@ -74,10 +74,13 @@ class Seat:
         return self.worker.ask(verb, argument, timeout_s=timeout_s)
 
     def forget(self, timeout_s: float) -> None:
-        """Let the worker drop what it holds, and its memory."""
+        """Let the worker drop what it holds, and its memory; one that cannot is ended."""
         if self.alive and self.held is not None:
             assert self.worker is not None
-            self.worker.ask("forget", timeout_s=timeout_s)
+            try:
+                self.worker.ask("forget", timeout_s=timeout_s)
+            except (CandidateFailed, WorkerDied):
+                self.close()
             self.held = None
 
     def close(self) -> None:
@@ -113,7 +116,7 @@ class Session:
         return self.prover.union
 
     def close(self) -> None:
-        """End both workers."""
+        """End all workers."""
         for seat in (*self.provers, self.timer):
             seat.close()
 

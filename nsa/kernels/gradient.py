@@ -81,7 +81,7 @@ def backward(
     wide = wide_offsets(pairs * heads * width, query, grad)
     tile = min(lists.tile, max(1, ELEMENTS // (padded * power_of_two(width, 16))))
     name = call_key(
-        query, key, value, selection, "gradient", grad.dtype, (grad.data_ptr() | out.data_ptr()) & 15, tokens,
+        query, key, value, selection, "gradient", grad.dtype, grad.data_ptr() & 15, out.data_ptr() & 15, tokens,
         lists.span_tokens, single, wide, part_dtype, backward_warps, backward_stages, backward_registers,
     )  # fmt: skip
     known = plans(name)

@@ -109,5 +109,6 @@ def call_key(query: Tensor, key: Tensor, value: Tensor, selection: Selection, *r
     """
     return (
         *selection_key(selection), query.dtype, value.dtype, query.shape, value.shape[3],
-        query.stride(), key.stride(), value.stride(), (query.data_ptr() | key.data_ptr() | value.data_ptr()) & 15, rest,
+        query.stride(), key.stride(), value.stride(),
+        query.data_ptr() & 15, key.data_ptr() & 15, value.data_ptr() & 15, rest,
     )  # fmt: skip
