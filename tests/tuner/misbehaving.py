@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from nsa.paths import PATHS as REAL
-from nsa.paths import Parameter, SelectionPath, dense, packed
+from nsa.paths import Parameter, SelectionPath, dense, gather, packed
 from nsa.paths.base import reserve_parameter
 from nsa.problem import SelectionProblem
 from nsa.selection import Selection
@@ -173,6 +173,18 @@ def wrong_gradient_in_the_second_step(query: Tensor, *args: Any, workspace: Work
     return out
 
 
+def gather_off_by_a_percent(*args: Any, **options: Any) -> Tensor:
+    """Wrong."""
+    return gather.run(*args, **options) * 1.01
+
+
+def gather_without_room_while_timed(*args: Any, **options: Any) -> Tensor:
+    """Right, until somebody reads a clock."""
+    if being_timed():
+        raise MemoryError("no room beside the others")
+    return gather.run(*args, **options)
+
+
 def twin(run: Callable[..., Tensor], *, reserve: bool = False) -> SelectionPath:
     """A path that declares everything as dense does; ``reserve`` adds a ladder of reserved rows."""
 
@@ -200,8 +212,11 @@ PATHS: dict[str, SelectionPath] = {
     **{run.__name__: twin(run, reserve=True) for run in RESERVING},
 }
 
-WRONG_DEFAULT: dict[str, SelectionPath] = {
-    **{name: REAL[name] for name in ("gather", "packed")},
-    "dense": msgspec.structs.replace(twin(off_by_a_percent), name="dense"),
-}
-"""The default of a prefill on a CPU is wrong here."""
+WRONG_DEFAULT, FAILING_DEFAULT = (
+    {
+        **{name: REAL[name] for name in ("packed", "dense")},
+        "gather": msgspec.structs.replace(REAL["gather"], target=f"{__name__}:{run.__name__}"),
+    }
+    for run in (gather_off_by_a_percent, gather_without_room_while_timed)
+)
+"""The default of a decode on a CPU is wrong in the one, and out of memory under the clock in the other."""

@@ -304,20 +304,24 @@ def test_who_failed_at_one_context_is_not_tried_at_the_next(broken: Swept) -> No
     assert {record.problem["T"] for record in broken.records if record.path == "needs_a_gpu"} == {32, 64}
 
 
-def test_where_the_default_is_wrong_a_right_path_stands_in_and_the_table_takes_a_right_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "outcome"), [("WRONG_DEFAULT", "wrong"), ("FAILING_DEFAULT", "oom")])
+def test_where_the_default_fails_a_right_path_stands_in_and_the_table_takes_a_right_one(
+    name: str, outcome: str, tmp_path: Path
+) -> None:
     file = written(tmp_path, ("gather", "packed", "dense"))
-    registry = f"{misbehaving.__name__}:WRONG_DEFAULT"
-    folder = search(file, tmp_path / "out", paths=misbehaving.WRONG_DEFAULT, registry=registry).run()
+    registry = f"{misbehaving.__name__}:{name}"
+    folder = search(file, tmp_path / "out", paths=getattr(misbehaving, name), registry=registry).run()
     records, _ = folder.records()
+    assert {record.outcome for record in records if record.path == "gather" and record.stage == "screen"} == {outcome}
     for T in (32, 64):
         mine = [record for record in records if record.problem["T"] == T]
-        assert {record.path for record in mine if record.stage == "shootout" and record.samples} == {"gather", "packed"}
-        assert {record.path for record in mine if record.samples and record.baseline} == {"gather"}
+        assert {record.path for record in mine if record.stage == "shootout" and record.samples} == {"packed", "dense"}
+        assert {record.path for record in mine if record.samples and record.baseline} == {"packed"}
     entries = entries_of(records)
     assert [entry.T for entry in entries] == [32, 64]
-    assert all(entry.path in ("gather", "packed") for entry in entries)
-    assert all(entry.default is not None and entry.default.path == "gather" for entry in entries)
-    assert {"gather, the default failing", "runner-up packed"} >= {compared_with(entry, "cpu") for entry in entries}
+    assert all(entry.path in ("packed", "dense") for entry in entries)
+    assert all(entry.default is not None and entry.default.path == "packed" for entry in entries)
+    assert {"packed, the default failing", "runner-up dense"} >= {compared_with(entry, "cpu") for entry in entries}
 
 
 # The space
