@@ -80,13 +80,15 @@ class DispatchEntry(SelectionProblem, frozen=True, kw_only=True, forbid_unknown_
     ``ratio`` is time of the pick over time of the default, of the default over the runner-up where the default won;
     below 1 is faster. None where there was nothing to compare with. ``pattern`` names the selections measured on.
     ``default``: what the default was then, None in tables of version 1. ``level``: what was timed, the branch alone or
-    the layer around it.
+    the layer around it. ``hinted``: measured on calls that say that they are complete, of a path that then launches
+    less; it serves calls that do not say so as ``extrapolated``.
     """
 
     path: str
     parameters: dict[str, ParameterValue]
     pattern: str = "scored"
     level: Level = "branch"
+    hinted: bool = False
     default: Candidate | None = None
     pairs: int = 0
     ratio: float | None = None
@@ -199,6 +201,9 @@ class DispatchTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             return choice
         other = self._resolve_alike(msgspec.structs.replace(problem, complete=not problem.complete))
         usable = other.entry and (problem.complete or not PATHS[other.path].needs_complete)
+        if usable and problem.dense and PATHS[other.path].reads_complete and other.status in ("exact", "bucket"):
+            why = f"{other.reason} with complete={not problem.complete}, with which {other.path} launches otherwise"
+            return msgspec.structs.replace(other, status="extrapolated", reason=why)
         return other if usable and (not choice.entry or other.status != "extrapolated") else choice
 
     def _resolve_alike(self, problem: SelectionProblem) -> Choice:
@@ -224,6 +229,8 @@ class DispatchTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     def _measured(self, number: int, entry: DispatchEntry, same_batch: bool) -> Choice:
         status: Status = "exact" if same_batch else "bucket"
         reason = "measured" if same_batch else f"measured at the next larger batch {entry.B}"
+        if entry.hinted:
+            status, reason = "extrapolated", f"{reason} with complete=True, with which {entry.path} launches otherwise"
         if self.__dict__["stale"]:
             status, reason = "stale", f"{reason}, but {self.__dict__['stale']}"
         return self._pick(number, entry, status, reason)

@@ -100,6 +100,11 @@ class SelectionProblem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             raise ArgumentError(f"{self.operation!r} reads one range per row, got {self.topk} {self.form}")
 
     @property
+    def dense(self) -> bool:
+        """Whether a complete selection of it selects everything: a whole prompt of no more blocks than slots."""
+        return self.form == "blocks" and self.mode != "decode" and self.S == self.T <= self.topk * self.block_size
+
+    @property
     def rows(self) -> int:
         """Number of rows (b, s, g)."""
         return self.B * self.S * self.G

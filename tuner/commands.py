@@ -81,6 +81,9 @@ def regret(run: Path, path: Path | None, *, hold_out: bool, json: bool) -> None:
     """Print the regret of a table's answers against a run."""
     folder = run_in(run)
     table = read_dispatch_table(path) if path else load_dispatch_table()
+    measured_on = folder.environment().device.get("slug")
+    if measured_on not in (None, table.device.slug):
+        raise SweepError(f"the run is of {measured_on}, the table of {table.device.slug}; name one with --table")
     found = regrets(table, folder.records()[0], hold_out=hold_out)
     if json:
         emit({"run": str(run), "means": mean_regrets(found), "problems": msgspec.to_builtins(found)})

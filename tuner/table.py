@@ -47,13 +47,18 @@ def entries_of(records: Iterable[Record]) -> list[DispatchEntry]:
 def incomplete_entry(records: list[Record], entry: DispatchEntry | None) -> DispatchEntry | None:
     """From a shoot-out whose pick runs complete selections only, the pick for those that do not say that they are.
 
-    To say so changes no kernel; it only lets some paths run. Without these the same rounds decide the same way. A pick
-    that needs no hint serves all calls as it is.
+    The same rounds decide, without such paths. To say so changes the work of the others at most in a dense prompt; an
+    entry of a path that it changes says that it is ``hinted``. A pick that needs no hint serves all calls as it is.
     """
     if entry is None or not PATHS[entry.path].needs_complete:
         return None
     rest = [record for record in records if not PATHS[record.path].needs_complete]
-    return entry_of([msgspec.structs.replace(record, problem={**record.problem, "complete": False}) for record in rest])
+    found = entry_of(
+        [msgspec.structs.replace(record, problem={**record.problem, "complete": False}) for record in rest]
+    )
+    if found is None:
+        return None
+    return msgspec.structs.replace(found, hinted=found.problem().dense and PATHS[found.path].reads_complete)
 
 
 def entry_of(records: list[Record]) -> DispatchEntry | None:

@@ -15,7 +15,8 @@ from tuner.record import Environment, RunFolder, run_folders
 EXPLANATION = (
     "Each cell: the path, its median time, and that over the default's time in shared rounds with its interval "
     "(*tied*: not certified faster; over the runner-up where the default itself is the pick; *no default*: over the "
-    "first right candidate, the default being wrong or out of memory)."
+    "first right candidate, the default being wrong or out of memory; *hinted*: measured on calls that say that they "
+    "are complete)."
 )
 
 
@@ -97,7 +98,8 @@ def cell(entry: DispatchEntry, *, cuda: bool) -> str:
     tie = "" if entry.ratio_high is not None and entry.ratio_high < 1 else ", *tied*"
     defaults = DEFAULT_PATHS[entry.operation]["cuda" if cuda else "cpu", entry.mode]
     stood_in = entry.level == "branch" and entry.default is not None and entry.default.path not in defaults
-    return f"{text}, {entry.ratio:.3g} [{entry.ratio_low or 0:.3g}, {high}]{tie}{', *no default*' if stood_in else ''}"
+    notes = (", *no default*" if stood_in else "") + (", *hinted*" if entry.hinted else "")
+    return f"{text}, {entry.ratio:.3g} [{entry.ratio_low or 0:.3g}, {high}]{tie}{notes}"
 
 
 def duration(us: float) -> str:

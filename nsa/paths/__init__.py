@@ -121,6 +121,7 @@ PATHS: dict[str, SelectionPath] = {
         tunables=triton_union.tunables,
         unsupported=triton_union.unsupported,
         evidence=triton_union.evidence,
+        reads_complete=True,
     ),
     "triton_block": SelectionPath(
         name="triton_block",

@@ -127,7 +127,8 @@ class SelectionPath(msgspec.Struct, frozen=True, kw_only=True):
     ``bound``: ``"module:function"`` of a PathBind, for a path that needs no workspace; "" = none. It spares the host
     what is the same at every call.
     ``slow_to_build``: takes tens of seconds to compile on a CPU, so only ``--effort full`` tries it there.
-    ``needs_complete``: runs complete selections only.
+    ``needs_complete``: runs complete selections only. ``reads_complete``: launches less for a dense prompt (see
+    ``SelectionProblem.dense``) that is declared complete.
     """
 
     name: str
@@ -143,6 +144,7 @@ class SelectionPath(msgspec.Struct, frozen=True, kw_only=True):
     dispatchable: bool = True
     slow_to_build: bool = False
     needs_complete: bool = False
+    reads_complete: bool = False
 
     def function(self) -> PathRun:
         """The path's run function, imported now."""

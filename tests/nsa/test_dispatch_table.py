@@ -171,6 +171,30 @@ def test_what_was_measured_with_flash_attn_is_read_where_it_is_not_installed(mon
     assert PATHS["varlen"].defaults(problem, torch.device("cuda"))["backend"] == "torch"
 
 
+@pytest.mark.parametrize(("context", "status"), [(16, "extrapolated"), (32, "exact")])
+def test_a_pick_that_launches_less_for_a_dense_prompt_is_no_exact_answer_across_the_hint(context, status):
+    union = {
+        "path": "triton_union",
+        "parameters": {"tokens": 4},
+        "h": 4,
+        "block_size": 16,
+        "topk": 1,
+        "Dk": 16,
+        "Dv": 16,
+    }
+    found = DispatchTable.decode(table(prompt(**union, complete=True, S=context, T=context, overlap="high")))
+    measured = found.entries[0].problem()
+    assert measured.dense is (context == 16)
+    assert found.lookup(measured).status == "exact"
+    other = found.lookup(msgspec.structs.replace(measured, complete=False))
+    assert (other.path, other.status) == ("triton_union", status)
+
+
+def test_a_hinted_entry_is_no_exact_answer():
+    found = DispatchTable.decode(table(prompt(hinted=True)))
+    assert found.lookup(found.entries[0].problem()).status == "extrapolated"
+
+
 def test_a_missing_field_is_named():
     partial = entry()
     del partial["run_id"]
