@@ -45,7 +45,8 @@ class WorkerDied(Exception):
 
 def classify(error: BaseException) -> tuple[Outcome, str]:
     """The outcome an exception means, and its reason with the innermost frame."""
-    text = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+    said, _, _ = " ".join(str(error).split()).partition(" Repro command:")  # ptxas' would name paths of this machine
+    text = f"{type(error).__name__}: {said[:500]}"
     frames = traceback.extract_tb(error.__traceback__)
     where = f" (at {Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     if isinstance(error, UnsupportedPathError):

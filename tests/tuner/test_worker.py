@@ -117,7 +117,7 @@ def test_a_crash_names_the_innermost_line() -> None:
 
 
 def test_a_message_of_many_lines_is_said_in_one() -> None:
-    outcome, said = classify(CompilationError("ptxas failed\n`stderr`:\n  line 3\n"))
+    outcome, said = classify(CompilationError("ptxas failed\n`stderr`:\n  line 3\nRepro command: /a/path/ptxas\n"))
     assert (outcome, said) == ("compile_error", "CompilationError: ptxas failed `stderr`: line 3")
 
 
