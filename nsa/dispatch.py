@@ -118,10 +118,7 @@ def selection_attention(
     kinds: dict[Any, _Kind] = _forced_plans if chosen_table is None else chosen_table.plans  # type: ignore[attr-defined]
     layout = None
     if bindable := kind == "cuda" or "triton" in sys.modules:  # elsewhere nothing depends on layouts
-        layout = (
-            query.stride(), key.stride(), value.stride(),
-            query.data_ptr() & 15, key.data_ptr() & 15, value.data_ptr() & 15, selection.layout,
-        )  # fmt: skip
+        layout = selection.call_layout(query, key, value)
     call = (
         shape, key.shape, value.shape, layout,
         query.dtype, key.dtype, value.dtype, device, key.device, value.device,

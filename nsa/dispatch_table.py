@@ -281,6 +281,12 @@ def default_candidate(problem: SelectionProblem, kind: str) -> Candidate:
     return candidate
 
 
+def default_failed(entry: DispatchEntry, kind: str) -> bool:
+    """Whether an entry of a device kind is compared with what stood in for the default: with none of its paths."""
+    defaults = DEFAULT_PATHS[entry.operation][kind, entry.mode]
+    return entry.level == "branch" and entry.default is not None and entry.default.path not in defaults
+
+
 def _family(problem: SelectionProblem) -> tuple[Any, ...]:
     """All that must be equal for two problems to share contexts. S = T (a whole prefill) is one family over T."""
     p = problem

@@ -217,6 +217,13 @@ class Selection:
             None if positions is None else (positions.dtype, positions.stride(), positions.data_ptr() & 15),
         )
 
+    def call_layout(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, ...]:
+        """``layout`` of a whole call: strides and alignment of each tensor apart, then the selection's own."""
+        return (
+            query.stride(), key.stride(), value.stride(),
+            query.data_ptr() & 15, key.data_ptr() & 15, value.data_ptr() & 15, *self.layout,
+        )  # fmt: skip
+
     @property
     def problem_fields(self) -> dict[str, Any]:
         """What a dispatch problem takes from a selection."""

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nsa.device import device_identity
-from nsa.dispatch_table import DEFAULT_PATHS, DispatchEntry, DispatchTable, default_candidate
+from nsa.dispatch_table import DispatchEntry, DispatchTable, default_candidate, default_failed
 from tuner.record import Environment, Record, Value
 from tuner.regret import Regret
 from tuner.search import Listener
@@ -244,8 +244,7 @@ def compared_with(entry: DispatchEntry, kind: str) -> str:
     default = entry.default or default_candidate(entry.problem(), kind)
     if (entry.path, entry.parameters) == (default.path, default.parameters) and entry.runner_up:
         return f"runner-up {entry.runner_up.path}"
-    usual = default.path in DEFAULT_PATHS[entry.operation][kind, entry.mode]
-    return f"default {default.path}" if usual or entry.level == "layer" else f"{default.path}, the default failing"
+    return f"{default.path}, the default failing" if default_failed(entry, kind) else f"default {default.path}"
 
 
 def table_summary(table: DispatchTable) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from nsa.dispatch_table import DEFAULT_PATHS, DispatchEntry, DispatchTable
+from nsa.dispatch_table import DispatchEntry, DispatchTable, default_failed
 from tuner.record import Environment, RunFolder, run_folders
 
 EXPLANATION = (
@@ -37,7 +37,7 @@ def page(table: DispatchTable, records: Path) -> str:
         "",
     ]
     for title, entries in blocks.items():
-        lines += [f"## {title}", "", *grid(entries, cuda=table.device.kind == "cuda"), ""]
+        lines += [f"## {title}", "", *grid(entries, kind=table.device.kind), ""]
     lines += ["## Runs", "", "| run | sweep | commit | device, power limit, SM clock at most |", "|---|---|---|---|"]
     for run_id in dict.fromkeys(entry.run_id for entry in table.entries):
         found = runs.get(run_id, [])  # two where machines of one kind began in the same second
@@ -68,37 +68,32 @@ def call(entry: DispatchEntry) -> str:
     return ", ".join(words)
 
 
-def grid(entries: Sequence[DispatchEntry], *, cuda: bool) -> list[str]:
+def grid(entries: Sequence[DispatchEntry], *, kind: str) -> list[str]:
     """One row a kind of call, one column a context."""
     contexts = sorted({entry.T for entry in entries})
     rows: dict[str, dict[int, DispatchEntry]] = {}
     for entry in entries:
         rows.setdefault(call(entry), {})[entry.T] = entry
     lines = [f"| | {' | '.join(map(str, contexts))} |", "|---|" + "---|" * len(contexts)]
-    for name in sorted(rows, key=order):
-        cells = [cell(rows[name][context], cuda=cuda) if context in rows[name] else "" for context in contexts]
+    for name in sorted(rows, key=lambda name: order(next(iter(rows[name].values())))):
+        cells = [cell(rows[name][context], kind=kind) if context in rows[name] else "" for context in contexts]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 
-def order(name: str) -> tuple[int, int, str]:
+def order(entry: DispatchEntry) -> tuple[int, int, str]:
     """Prefill, train, decode; batches by size."""
-    mode, _, rest = name.partition(" B")
-    batch = int(rest.split(",")[0]) if rest[:1].isdigit() else 0
-    kinds = ("prefill", "train", "decode")
-    return next(i for i, kind in enumerate(kinds) if mode.startswith(kind)), batch, name
+    return ("prefill", "train", "decode").index(entry.mode), entry.B, call(entry)
 
 
-def cell(entry: DispatchEntry, *, cuda: bool) -> str:
+def cell(entry: DispatchEntry, *, kind: str) -> str:
     """``path`` time, ratio [interval]."""
     text = f"`{entry.path}` {duration(entry.median_us)}"
     if entry.ratio is None:
         return text
     high = "?" if entry.ratio_high is None else f"{entry.ratio_high:.3g}"
     tie = "" if entry.ratio_high is not None and entry.ratio_high < 1 else ", *tied*"
-    defaults = DEFAULT_PATHS[entry.operation]["cuda" if cuda else "cpu", entry.mode]
-    stood_in = entry.level == "branch" and entry.default is not None and entry.default.path not in defaults
-    notes = (", *no default*" if stood_in else "") + (", *hinted*" if entry.hinted else "")
+    notes = (", *no default*" if default_failed(entry, kind) else "") + (", *hinted*" if entry.hinted else "")
     return f"{text}, {entry.ratio:.3g} [{entry.ratio_low or 0:.3g}, {high}]{tie}{notes}"
 
 

@@ -107,8 +107,8 @@ def call_key(query: Tensor, key: Tensor, value: Tensor, selection: Selection, *r
 
     T and context length are left out, which grow from call to call: kernels do not specialise on them.
     """
+    blocks = selection.indices
     return (
-        *selection_key(selection), query.dtype, value.dtype, query.shape, value.shape[3],
-        query.stride(), key.stride(), value.stride(),
-        query.data_ptr() & 15, key.data_ptr() & 15, value.data_ptr() & 15, rest,
+        blocks.get_device(), blocks.shape[3], selection.block_size, query.dtype, value.dtype, query.shape,
+        value.shape[3], *selection.call_layout(query, key, value), rest,
     )  # fmt: skip
