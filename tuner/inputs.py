@@ -57,9 +57,9 @@ def make_inputs(problem: SelectionProblem, pattern: str, seed: int, device: torc
         return torch.randn(*shape, generator=generator, device=device, dtype=torch.float32)
 
     noise = normal(p.B, p.S, p.G, p.h, p.Dk)
-    query = walk(noise, CORRELATION) if pattern == "scored" else noise
-    key, value = normal(p.B, p.G, p.keys, p.Dk), normal(p.B, p.G, p.keys, p.Dv)
-    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    query = (walk(noise, CORRELATION) if pattern == "scored" else noise).to(dtype)
+    key = normal(p.B, p.G, p.keys, p.Dk).to(dtype)  # one at a time: a cache for 64 sequences fills half a GPU
+    value = normal(p.B, p.G, p.keys, p.Dv).to(dtype)
     if p.operation != "selection":
         return Inputs(query, key, value, structured_selection(problem, device), None)
     if pattern == "scored":

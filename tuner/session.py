@@ -152,7 +152,7 @@ class Session:
         """Prove candidates, side by side where compiling and checking them can be spread over provers.
 
         Returns those that now have an assessment, in order: all but what had not begun at ``until`` (monotonic
-        seconds), of which still the first of each path is taken.
+        seconds), of which still the first of each path is taken. Who ran out of memory beside others is proven alone.
         """
         first = {candidate.path: candidate.name for candidate in reversed(candidates)}
         seats: queue.SimpleQueue[Seat] = queue.SimpleQueue()
@@ -173,11 +173,18 @@ class Session:
 
         with ThreadPoolExecutor(seats.qsize()) as pool:
             found = list(pool.map(one, candidates))
-        proven = [(candidate, known) for candidate, known in zip(candidates, found, strict=True) if known is not None]
-        self.assessed.update({candidate.name: known for candidate, known in proven})
         for other in self.provers[1:]:
             other.forget(self.timeout_s)
-        return [candidate for candidate, _ in proven]
+        proven = []
+        for candidate, known in zip(candidates, found, strict=True):
+            if known is None:
+                continue
+            if known.outcome == "oom" and candidate.name not in self.assessed and seats.qsize() > 1:
+                begun(candidate)
+                known = self._prove(self.prover, candidate, thorough)
+            self.assessed[candidate.name] = known
+            proven.append(candidate)
+        return proven
 
     def _prove(self, seat: Seat, candidate: Candidate, thorough: bool) -> Assessment:
         try:

@@ -93,7 +93,8 @@ def serve(connection: Connection, device: str, memory_limit_bytes: int, stderr: 
             elif verb == "self_test":
                 answer = self_test(device, argument, about)
             elif verb == "prepare":
-                bench = None
+                bench = answer = None
+                release_memory(device)
                 bench = open_bench(argument, about, memory_limit_bytes)
                 answer = bench.prepared()
             elif verb == "forget":

@@ -20,6 +20,8 @@ from .base import Evidence, Parameter, Parameters
 
 SCORE_ELEMENTS = 2**24
 """Score elements per chunk of queries: 128 MiB in float64."""
+KEY_ELEMENTS = 2**27
+"""Elements of keys or values that are converted at once, whole sequences: 1 GiB in float64."""
 
 
 def tunables(problem: SelectionProblem, device: torch.device) -> tuple[Parameter, ...]:
@@ -73,7 +75,28 @@ def run(
 ) -> Tensor:
     """Selection attention computed in ``compute_dtype``, returned in it. Shapes as in ``nsa.problem``."""
     dtype = getattr(torch, str(compute_dtype))
-    q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
+    some = max(1, KEY_ELEMENTS // max(1, key[0].numel(), value[0].numel()))
+    parts = []
+    for first in range(0, query.shape[0], some):
+        q, k, v = (tensor[first : first + some].to(dtype) for tensor in (query, key, value))
+        parts.append(attend(q, k, v, of_sequences(selection, first, first + len(q)), scale))
+    executed(selection.operation, "reference", {"compute_dtype": compute_dtype})
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def of_sequences(selection: Selection, first: int, end: int) -> Selection:
+    """The selection of sequences ``first`` to ``end`` of a batch."""
+    batch = selection.indices.shape[0]
+    length, positions = selection.context_length, selection.query_positions
+    if isinstance(length, Tensor):
+        length = length.expand(batch)[first:end]
+    if positions is not None:
+        positions = positions.expand(batch, -1)[first:end]
+    return Selection(selection.indices[first:end], selection.block_size, length, positions)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float) -> Tensor:
+    """The formula, in the dtype of what it is given, some query tokens at a time."""
     batch, queries, groups, heads, _ = q.shape
     step = max(1, SCORE_ELEMENTS // (batch * groups * heads * k.shape[2]))
     parts = []
@@ -87,7 +110,6 @@ def run(
         total = weights.sum(-1, keepdim=True)
         weights = weights / torch.where(total > 0, total, 1.0)
         part = torch.einsum("bsght,bgtd->bsghd", weights, v.nan_to_num(0.0, 0.0, 0.0))
-        taints = torch.einsum("bsgt,bgtd->bsgd", mask[:, :, :, 0].to(dtype), (~v.isfinite()).to(dtype)) > 0
+        taints = torch.einsum("bsgt,bgtd->bsgd", mask[:, :, :, 0].to(q.dtype), (~v.isfinite()).to(q.dtype)) > 0
         parts.append(part.masked_fill(taints[:, :, :, None], float("nan")))
-    executed(selection.operation, "reference", {"compute_dtype": compute_dtype})
     return torch.cat(parts, 1)

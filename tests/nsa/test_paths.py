@@ -35,11 +35,14 @@ def test_the_oracle_is_the_formula_on_hand_computed_numbers():
 
 
 @settings(max_examples=60)
-@given(selections(), st.integers(1, 3))
-def test_the_oracle_equals_a_plain_python_softmax(case, heads):
+@given(selections(), st.integers(1, 3), st.booleans())
+def test_the_oracle_equals_a_plain_python_softmax_also_one_sequence_at_a_time(case, heads, one_at_a_time):
     selection, context = case
     query, key, value = tensors(selection, context, heads, 4, 3)
-    out = reference.run(query, key, value, selection, scale=0.5)
+    with pytest.MonkeyPatch.context() as patch:
+        if one_at_a_time:
+            patch.setattr(reference, "KEY_ELEMENTS", 1)
+        out = reference.run(query, key, value, selection, scale=0.5)
     for (b, s, g), keys in keys_of(selection, context).items():
         if not keys:
             assert out[b, s, g].abs().max() == 0

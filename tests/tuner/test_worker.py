@@ -18,7 +18,7 @@ from nsa.problem import SelectionProblem
 from tests.tuner.misbehaving import PATHS, REGISTRY
 from tuner.attest import FellBack
 from tuner.oracle import WrongResult
-from tuner.session import Session, Timed
+from tuner.session import Seat, Session, Timed
 from tuner.trial import Assessment, SequenceResult, Trial
 from tuner.worker import CandidateFailed, Worker, WorkerDied, classify
 
@@ -264,6 +264,31 @@ def test_provers_that_wait_hold_nothing() -> None:
         assert session.assessed[candidate("gather", row_chunk=16).name].outcome == "ok"
     finally:
         session.close()
+
+
+def test_who_runs_out_of_memory_beside_others_is_proven_again_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Session("cpu", timeout_s=PATIENT_S, provers=2)
+    both, met = threading.Barrier(2, timeout=PATIENT_S), set[str]()
+
+    def prove(seat: Seat, one: Candidate, thorough: bool) -> Assessment:
+        if one.name in met:
+            assert [other.held for other in session.provers if other is not seat] == [None]
+            return Assessment(outcome="oom" if one.path == "dense" else "ok", reason="alone")
+        met.add(one.name)
+        seat.held = TRIAL
+        both.wait()
+        return Assessment(outcome="oom", reason="beside another")
+
+    monkeypatch.setattr(session, "_prove", prove)
+    monkeypatch.setattr(Seat, "forget", lambda seat, _: setattr(seat, "held", None))
+    session.hold(TRIAL)
+    begun: list[str] = []
+    session.prove(
+        [candidate("gather"), candidate("dense")], math.inf, thorough=True, begun=lambda one: begun.append(one.path)
+    )
+    found = [session.assessed[candidate(name).name] for name in ("gather", "dense")]
+    assert [(one.outcome, one.reason) for one in found] == [("ok", "alone"), ("oom", "alone")]
+    assert sorted(begun) == ["dense", "dense", "gather", "gather"]
 
 
 @pytest.mark.parametrize(
