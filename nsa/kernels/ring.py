@@ -29,27 +29,14 @@ LOWEST = gl.constexpr(-1.0e30)
 
 
 @gluon.jit
-def fetch(SOURCE, b, g, begin, i, tiles, BN: gl.constexpr, ring, ready, STAGES: gl.constexpr):
-    """Start copying tile ``i``, if there is one, into its slot."""
+def fetch(K, V, b, g, begin, i, tiles, BN: gl.constexpr, kring, vring, ready, STAGES: gl.constexpr):
+    """Start copying keys and values of tile ``i``, if there is one, into its slots."""
     slot = i % STAGES
     there = i < tiles
-    mbarrier.expect(ready.index(slot), SOURCE.block_type.nbytes, pred=there)
-    tma.async_copy_global_to_shared(SOURCE, [b, g, begin + i * BN, 0], ready.index(slot), ring.index(slot), pred=there)
-
-
-@gluon.jit
-def scores(query, score, i, ring, ready, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
-    """Start the scores of tile ``i`` in the registers of ``score``."""
-    mbarrier.wait(ready.index(i % STAGES), (i // STAGES) & 1)
-    keys = ring.index(i % STAGES).reshape([BN, D]).permute((1, 0))
-    return warpgroup_mma(query, keys, score, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def weigh(weight, out, i, ring, ready, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
-    """Start adding tile ``i``'s weighted values."""
-    mbarrier.wait(ready.index(i % STAGES), (i // STAGES) & 1)
-    return warpgroup_mma(weight, ring.index(i % STAGES).reshape([BN, D]), out, is_async=True)
+    key = begin + i * BN
+    mbarrier.expect(ready.index(slot), K.block_type.nbytes + V.block_type.nbytes, pred=there)
+    tma.async_copy_global_to_shared(K, [b, g, key, 0], ready.index(slot), kring.index(slot), pred=there)
+    tma.async_copy_global_to_shared(V, [b, g, key, 0], ready.index(slot), vring.index(slot), pred=there)
 
 
 @gluon.jit
@@ -72,22 +59,24 @@ def soften(
 @gluon.jit
 def walk(
     query, score, out, top, total, here, upto, count, begin, first, end, scale2, K, V, b, g,
-    kring, kready, vring, vready,
+    kring, vring, ready,
     MASKED: gl.constexpr, BN: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, SL: gl.constexpr,
     OL: gl.constexpr, TYPE: gl.constexpr,
 ):  # fmt: skip
     """Online softmax over tiles ``here`` .. ``upto`` of ``count``. Without MASKED every row reads all of their keys."""
     for i in range(here, upto):
-        flight = scores(query, score, i, kring, kready, BN, DK, STAGES)
+        slot = i % STAGES
+        mbarrier.wait(ready.index(slot), (i // STAGES) & 1)
+        keys = kring.index(slot).reshape([BN, DK]).permute((1, 0))
+        flight = warpgroup_mma(query, keys, score, use_acc=False, is_async=True)
         score = warpgroup_mma_wait(0, deps=(flight,))
         start = begin + i * BN
         weight, decay, top, total = soften(score, top, total, start, first, end, scale2, MASKED, BN, SL, OL, TYPE)
         out = out * gl.convert_layout(decay, gl.SliceLayout(1, OL))[:, None]
-        adding = weigh(weight, out, i, vring, vready, BN, DV, STAGES)
-        out = warpgroup_mma_wait(0, deps=(adding,))
+        flight = warpgroup_mma(weight, vring.index(slot).reshape([BN, DV]), out, is_async=True)
+        out = warpgroup_mma_wait(0, deps=(flight,))
         gl.thread_barrier()
-        fetch(K, b, g, begin, i + STAGES, count, BN, kring, kready, STAGES)
-        fetch(V, b, g, begin, i + STAGES, count, BN, vring, vready, STAGES)
+        fetch(K, V, b, g, begin, i + STAGES, count, BN, kring, vring, ready, STAGES)
     return score, out, top, total
 
 
@@ -127,15 +116,12 @@ def nsa_interval_ring(
 
     kring = gl.allocate_shared_memory(TYPE, [STAGES, 1, 1, BN, DK], SHARED)
     vring = gl.allocate_shared_memory(TYPE, [STAGES, 1, 1, BN, DV], SHARED)
-    kready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    vready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
-        mbarrier.init(kready.index(s), count=1)
-        mbarrier.init(vready.index(s), count=1)
+        mbarrier.init(ready.index(s), count=1)
     fence_async_shared()
     for s in gl.static_range(STAGES):
-        fetch(K, b, g, begin, s, count, BN, kring, kready, STAGES)
-        fetch(V, b, g, begin, s, count, BN, vring, vready, STAGES)
+        fetch(K, V, b, g, begin, s, count, BN, kring, vring, ready, STAGES)
 
     line = gl.arange(0, M, gl.SliceLayout(1, LOAD))
     there = (start + line // HP < S) & (line % HP < H)
@@ -162,11 +148,11 @@ def nsa_interval_ring(
         inner = whole // BN
         score, out, top, total = walk(
             query, score, out, top, total, 0, inner, count, begin, first, end, scale2, K, V, b, g,
-            kring, kready, vring, vready, False, BN, DK, DV, STAGES, SL, OL, TYPE,
+            kring, vring, ready, False, BN, DK, DV, STAGES, SL, OL, TYPE,
         )  # fmt: skip
     score, out, top, total = walk(
         query, score, out, top, total, inner, count, count, begin, first, end, scale2, K, V, b, g,
-        kring, kready, vring, vready, True, BN, DK, DV, STAGES, SL, OL, TYPE,
+        kring, vring, ready, True, BN, DK, DV, STAGES, SL, OL, TYPE,
     )  # fmt: skip
     some = total > 0
     divisor = gl.where(some, total, 1.0)

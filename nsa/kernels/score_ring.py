@@ -14,13 +14,23 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from .interval import Interval
 from .layout import LOG2E, power_of_two
-from .ring import describe_ring, fetch, key_end
+from .ring import describe_ring, key_end
+
+
+@gluon.jit
+def fetch(K, b, g, i, tiles, BN: gl.constexpr, ring, ready, STAGES: gl.constexpr):
+    """Start copying tile ``i``, if there is one, into its slot."""
+    slot = i % STAGES
+    there = i < tiles
+    mbarrier.expect(ready.index(slot), K.block_type.nbytes, pred=there)
+    tma.async_copy_global_to_shared(K, [b, g, i * BN, 0], ready.index(slot), ring.index(slot), pred=there)
 
 
 @gluon.jit
@@ -94,7 +104,7 @@ def nsa_score_ring(
         mbarrier.init(ready.index(s), count=1)
     fence_async_shared()
     for s in gl.static_range(STAGES):
-        fetch(K, b, g, 0, s, count, BN, ring, ready, STAGES)
+        fetch(K, b, g, s, count, BN, ring, ready, STAGES)
 
     place = (first + start).to(gl.int64)
     row = gl.arange(0, M, gl.SliceLayout(1, LOAD))
@@ -127,14 +137,14 @@ def nsa_score_ring(
             i = 2 * j
             flight = product(odd, i + 1, query, ring, ready, BN, DK, STAGES)
             gl.thread_barrier()
-            fetch(K, b, g, 0, i + STAGES, count, BN, ring, ready, STAGES)
+            fetch(K, b, g, i + STAGES, count, BN, ring, ready, STAGES)
             fold(
                 even, lse, i, end, line, kept, SUMS, plane, SCALE2, KERNEL, STRIDE, RATIO, BN, TOKENS, HP, MMA, OUT
             )  # fmt: skip
             odd = warpgroup_mma_wait(0, deps=(flight,))
             flight = product(even, i + 2, query, ring, ready, BN, DK, STAGES)
             gl.thread_barrier()
-            fetch(K, b, g, 0, i + 1 + STAGES, count, BN, ring, ready, STAGES)
+            fetch(K, b, g, i + 1 + STAGES, count, BN, ring, ready, STAGES)
             fold(
                 odd, lse, i + 1, end, line, kept, SUMS, plane, SCALE2, KERNEL, STRIDE, RATIO, BN, TOKENS, HP, MMA, OUT
             )  # fmt: skip
