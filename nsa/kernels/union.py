@@ -44,6 +44,18 @@ MOST = tl.constexpr(2.0**100)
 """Sums in between need no maximum: a weight too small for float32 is below 2**-26 of such a sum."""
 
 
+@triton.jit
+def add_same(block, count, other, more):
+    """Of two neighbouring stretches of a sorted list: the second's block, and how often it stood at their end."""
+    return other, more + tl.where(block == other, count, 0)
+
+
+@triton.jit
+def join_same(block, bits, other, more):
+    """The same with the bits of those that chose it."""
+    return other, more | tl.where(block == other, bits, 0)
+
+
 @triton.jit(do_not_specialize=["LENGTH", "S", "T"])
 def nsa_union_entries(
     X, LENGTH, POSITION, ORDER, ENTRIES, S, T, G, spb, sps, sxb, sxs, sxg, sxn,
@@ -57,29 +69,22 @@ def nsa_union_entries(
     g = (pid // tiles) % G
     b = pid // (tiles * G)
     places = tl.arange(0, TOKENS * NP)
-    slots = tl.arange(0, NP)
     length = key_count(LENGTH, b, T, TENSOR_LENGTH)
     full = context_length(LENGTH, b, TENSOR_LENGTH)
     base = X + b.to(tl.int64) * sxb + g.to(tl.int64) * sxg
-    start, local = tile_tokens(ORDER, b * G + g, tile, places // NP, S, TOKENS)
+    member = places // NP
+    start, local = tile_tokens(ORDER, b * G + g, tile, member, S, TOKENS)
     token = tl.minimum(start + local, S - 1)
     limit = row_limit(POSITION, b, token, length, full, S, spb, sps)
     entry = row_entries(base + token.to(tl.int64) * sxs + (places % NP) * sxn, places % NP, limit, N, BS)
-    entry = tl.where(start + local < S, entry, -1)
-    bits = tl.zeros_like(entry)
-    seen = tl.zeros_like(entry)
-    for other in tl.static_range(TOKENS):
-        start, local = tile_tokens(ORDER, b * G + g, tile, other, S, TOKENS)
-        s = start + local
-        limit = row_limit(POSITION, b, tl.minimum(s, S - 1), length, full, S, spb, sps)
-        row = row_entries(base + tl.minimum(s, S - 1).to(tl.int64) * sxs + slots * sxn, slots, limit, N, BS)
-        row = tl.where(s < S, row, -1)
-        same = row[:, None] == entry[None, :]  # lanes along the tile's slots: what is reduced lies in one lane
-        where = other * NP + tl.min(tl.where(same, slots[:, None], NP), 0)
-        found = where < (other + 1) * NP
-        bits |= found.to(tl.int32) << other
-        seen |= found & (where < places)
-    entry = tl.sort(tl.where((entry >= 0) & (seen == 0), (entry << TOKENS) | bits, NONE))
+    entry = tl.where((entry >= 0) & (start + local < S), entry, NONE // TOKENS)
+    entry = tl.sort(entry * TOKENS + member)
+    block = entry // TOKENS
+    bits = tl.full([TOKENS * NP], 1, tl.int32) << (entry % TOKENS)
+    _, place = tl.associative_scan((block, tl.full([TOKENS * NP], 1, tl.int32)), 0, add_same)
+    _, bits = tl.associative_scan((block, bits), 0, join_same, reverse=True)
+    first = (place == 1) & (block < NONE // TOKENS)
+    entry = tl.sort(tl.where(first, (block << TOKENS) | bits, NONE))
     tl.store(ENTRIES + pid.to(tl.int64) * (TOKENS * NP) + places, entry)
     sizes = ENTRIES + tl.num_programs(0).to(tl.int64) * (TOKENS * NP) + pid
     tl.store(sizes, tl.sum((entry != NONE).to(tl.int32), 0))
