@@ -10,11 +10,20 @@ import platform
 import re
 from functools import cache
 from importlib import metadata
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 import torch
+
+MARKS = {
+    "flash_attn": ("flash_attn.flash_attn_interface",),
+    "flash_attn_4": ("flash_attn.cute.flash_fwd_sm90", "cutlass.cute"),
+}
+"""Modules that show a package which its name does not. FlashAttention-4 installs into the folder of FlashAttention 2,
+and alone leaves a ``flash_attn`` that is none. FlashAttention 2.8 brings a ``flash_attn.cute`` of its own, older and
+without a module for Hopper. The CuTe DSL is what compiles FlashAttention-4."""
 
 
 class DeviceIdentity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -30,7 +39,7 @@ class DeviceIdentity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class SoftwareIdentity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Versions as strings; empty where the thing is absent."""
+    """Versions as strings; empty where the thing is absent. ``flash_attn`` is of FlashAttention 2, of 4, or both."""
 
     torch: str
     triton: str = ""
@@ -81,7 +90,7 @@ def software_identity() -> SoftwareIdentity:
         triton=_version("triton") if torch.version.cuda else "",
         cuda=torch.version.cuda or "",
         driver=_driver_version() if torch.cuda.is_available() else "",
-        flash_attn=_version("flash_attn"),
+        flash_attn=", ".join(filter(None, map(_version, MARKS))),
         python=platform.python_version(),
     )
 
@@ -101,9 +110,21 @@ def _cpu_name() -> str:
 
 
 @cache
-def installed(module: str) -> bool:
-    """Whether a package can be imported, without importing it."""
-    return importlib.util.find_spec(module) is not None
+def installed(package: str) -> bool:
+    """Whether a package, one of MARKS or any other by its module, can be imported, without importing it."""
+    return all(_found(module) for module in MARKS.get(package, (package,)))
+
+
+def _found(module: str) -> bool:
+    """Whether the file of a module is there. Python's own search would import the packages that it lies in."""
+    package, *rest = module.split(".")
+    spec = importlib.util.find_spec(package)
+    for name in rest:
+        if spec is None or spec.submodule_search_locations is None:
+            return False
+        package = f"{package}.{name}"
+        spec = PathFinder.find_spec(package, spec.submodule_search_locations)
+    return spec is not None
 
 
 def _version(module: str) -> str:
@@ -113,7 +134,8 @@ def _version(module: str) -> str:
     try:
         return metadata.version(module)
     except metadata.PackageNotFoundError:
-        return str(getattr(importlib.import_module(module), "__version__", "unknown"))
+        found = importlib.import_module(module) if importlib.util.find_spec(module) else None
+        return str(getattr(found, "__version__", "unknown"))
 
 
 def _driver_version() -> str:

@@ -21,6 +21,13 @@ KERNELS = {
     "triton_decode": r"^nsa_decode_forward$",
 }
 """The kernel by which each path is recognised. A profiler shows a Triton function under its own name."""
+LIBRARIES = {
+    "sdpa": r"^aten::scaled_dot_product_attention$",
+    "flash_attn": r"^flash_attn::",
+    "flash_attn_4": r"flash_attncute",
+}
+"""What shows that a library's attention ran: its operators, or for FlashAttention-4, which has none, its kernels, which
+the CuTe DSL names by module and class."""
 
 ITEMS = 2048
 """Items of the backward that an H200's 264 programs at a time share evenly."""
@@ -176,4 +183,4 @@ def required(path: str, problem: SelectionProblem, device: torch.device, **more:
 def forbidden(path: str) -> tuple[str, ...]:
     """What must not be seen while ``path`` runs: the other Triton paths and every library attention."""
     others = tuple(pattern for name, pattern in KERNELS.items() if name != path)
-    return (*others, r"^aten::scaled_dot_product_attention$", r"flash_attn", r"^aten::_local_scalar_dense$")
+    return (*others, *LIBRARIES.values(), r"^aten::_local_scalar_dense$")

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..attend import FLASH_ATTN
 from ..device import installed
 from ..errors import UnsupportedPathError
 from ..kernels import support
@@ -26,8 +27,6 @@ from ..trace import ParameterValue, as_part, executed
 from ..workspace import Workspace
 from .base import Evidence, Parameter, Parameters, need_blocks, registered
 
-SDPA = r"^aten::scaled_dot_product_attention$"
-FLASH_ATTN = r"flash_attn"
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -40,13 +39,19 @@ OPERATORS = {
     "efficient": r"^aten::_scaled_dot_product_efficient_attention$",
     "math": r"^aten::_scaled_dot_product_attention_math$",
 }
-PREFIXES = {"cpu": ("flash", "math"), "cuda": ("flash", "cudnn", "efficient", "flash_attn", "math")}
+FLASH_ATTN_4 = {
+    "prefill": {r"flash_attncute.*FlashAttentionForwardSm": 1},
+    "train": {r"flash_attncute.*FlashAttentionForwardSm": 1, r"flash_attncute.*FlashAttentionBackwardSm": 1},
+}
+"""Kernels of FlashAttention-4 by mode: it registers no operator."""
+PACKAGES = {"flash_attn": "flash-attn", "flash_attn_4": "flash-attn-4"}
+PREFIXES = {"cpu": ("flash", "math"), "cuda": ("flash", "cudnn", "efficient", *PACKAGES, "math")}
 INNER = {"cpu": ("dense", "gather"), "cuda": ("triton_union", "triton_block", "triton_token", "dense")}
 
 
 def tunables(problem: SelectionProblem, device: torch.device) -> tuple[Parameter, ...]:
-    """``prefix``: what runs dense causal attention, ``flash_attn`` by its package, else a backend of torch's SDPA;
-    ``inner``: the path of the remaining rows."""
+    """``prefix``: what runs dense causal attention, ``flash_attn`` and ``flash_attn_4`` by their packages, else a
+    backend of torch's SDPA; ``inner``: the path of the remaining rows."""
     prefixes = PREFIXES[device.type]
     able = [name for name in prefixes if prefix_reason(name, problem, device) is None]
     return (
@@ -70,12 +75,20 @@ def prefix_reason(prefix: str, problem: SelectionProblem, device: torch.device) 
         "flash": same and (device.type == "cpu" or (half and most <= 256 and most % 8 == 0)),
         "cudnn": half and same and most <= 128 and most % 8 == 0,
         "flash_attn": half and same and most <= 256 and most % 8 == 0,
+        "flash_attn_4": half and ((same and most <= 256 and most % 8 == 0) or wide_keys(problem)),
     }
     if not fits[prefix]:
         return f"{prefix} has no causal attention for {problem.dtype} with head dims {problem.Dk} and {problem.Dv}"
-    if prefix == "flash_attn" and not installed("flash_attn"):
-        return "flash_attn needs the package flash-attn"
+    if prefix in PACKAGES and not installed(prefix):
+        return f"{prefix} needs the package {PACKAGES[prefix]}"
+    if prefix == "flash_attn_4" and torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] != 9:
+        return "flash_attn_4 is taken on compute capability 9.x only, whose head dims are known here"
     return None
+
+
+def wide_keys(problem: SelectionProblem) -> bool:
+    """Keys of 192 with values of 128, which FlashAttention-4 runs, but for the backward of heads that share keys."""
+    return (problem.Dk, problem.Dv) == (192, 128) and (problem.mode != "train" or problem.h == 1)
 
 
 def unsupported(problem: SelectionProblem, device: torch.device, parameters: Parameters) -> str | None:
@@ -108,22 +121,26 @@ def evidence(
     """One call of dense attention, by its backend and on the first rows' queries, and what the inner path declares; no
     Triton kernel where every row is dense."""
     prefix, rest = str(parameters["prefix"]), inner_problem(problem)
+    ran = support.LIBRARIES[prefix if prefix in PACKAGES else "sdpa"]
+    shapes: dict[str, Any] = {}
     if prefix == "flash_attn":
-        ran, required = FLASH_ATTN, {FLASH_ATTN: 0}
-        shapes: dict[str, Any] = {}
+        required = {FLASH_ATTN: 1}
+    elif prefix == "flash_attn_4":
+        required = FLASH_ATTN_4[problem.mode]
     else:
         first = (problem.B, problem.G * problem.h, problem.S - (rest.S if rest else 0), problem.Dk)
-        ran, required, shapes = SDPA, {OPERATORS[prefix]: 1}, {OPERATORS[prefix]: ((0, first),)}
+        required, shapes = {OPERATORS[prefix]: 1}, {OPERATORS[prefix]: ((0, first),)}
+    absent = tuple(pattern for pattern in support.LIBRARIES.values() if pattern != ran)
     if rest is None:
-        return Evidence(required=required, forbidden=tuple(support.KERNELS.values()), shapes=shapes)
+        return Evidence(required=required, forbidden=(*support.KERNELS.values(), *absent), shapes=shapes)
     path = registered(str(parameters["inner"]))
     inside = path.evidence(rest, device, path.defaults(rest, device), lengths)
     if ran in inside.required:  # the inner path may take the same backend
         required = dict.fromkeys(required, 0)
     inner = {name: count + 1 if name == ran and count else count for name, count in inside.required.items()}
-    forbidden = tuple(name for name in inside.forbidden if name != ran)
+    forbidden = dict.fromkeys(name for name in (*inside.forbidden, *absent) if name not in (ran, *inside.required))
     others = {name: calls for name, calls in inside.shapes.items() if name != ran}
-    return Evidence(required=required | inner, forbidden=forbidden, shapes=shapes | others)
+    return Evidence(required=required | inner, forbidden=tuple(forbidden), shapes=shapes | others)
 
 
 def run(
@@ -189,6 +206,10 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, pr
         from flash_attn import flash_attn_func  # optional package, loaded when first run
 
         out = flash_attn_func(flat, key.transpose(1, 2), value.transpose(1, 2), softmax_scale=scale, causal=True)
+    elif prefix == "flash_attn_4":
+        from flash_attn.cute import flash_attn_func as compiled  # likewise; compiles when first run, for seconds
+
+        out, _ = compiled(flat, key.transpose(1, 2), value.transpose(1, 2), softmax_scale=scale, causal=True)
     else:
         if prefix == "efficient":  # knows no grouped heads
             key, value = key.repeat_interleave(heads, 1), value.repeat_interleave(heads, 1)

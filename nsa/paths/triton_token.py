@@ -1,4 +1,4 @@
-"""Path ``triton_token``: one Triton program per token and group, its heads against its own blocks."""
+"""Path ``triton_token``: one Triton program per token and group, or per few tokens, heads against their own blocks."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from .base import Evidence, Parameter, Parameters
 
 
 def tunables(problem: SelectionProblem, device: torch.device) -> tuple[Parameter, ...]:
-    """``step``: keys at a time; ``warps`` and ``stages`` of the kernel; ``order``: what runs side by side, tokens
-    of a ``group`` or groups of a ``token``; ``loads`` of keys and values; in mode train the backward's."""
+    """``tokens`` of a program, which takes them one after the other; ``step``: keys at a time; ``warps`` and ``stages``
+    of the kernel; ``order``: what runs side by side, tokens of a ``group`` or groups of a ``token``; ``loads`` of keys
+    and values; in mode train the backward's."""
     return (
+        Parameter("tokens", tuple(size for size in (1, 2, 4) if size <= problem.S), 1),
         Parameter("step", tuple(size for size in (16, 32, 64, 128) if size <= problem.block_size), problem.block_size),
         Parameter("warps", (1, 2, 4, 8), 4),
         Parameter("stages", (2, 3, 4), 2),
@@ -55,6 +57,7 @@ def run(
     *,
     scale: float,
     workspace: Workspace | None = None,
+    tokens: ParameterValue = 1,
     step: ParameterValue = 128,  # a whole block, as where there is no choice
     warps: ParameterValue = 4,
     stages: ParameterValue = 2,
@@ -65,7 +68,10 @@ def run(
     """Selection attention, token by token. Shapes as in ``nsa.problem``."""
     from ..kernels import gradient, token  # Triton, loaded when first run
 
-    parameters = {"step": step, "warps": warps, "stages": stages, "order": order, "loads": loads}
+    parameters = {
+        **{"tokens": tokens, "step": step, "warps": warps},
+        **{"stages": stages, "order": order, "loads": loads},
+    }
 
     def launch(q: Tensor, k: Tensor, v: Tensor, chosen: Selection, factor: float, logsum: Tensor | None) -> Tensor:
         return token.forward(q, k, v, chosen, factor, logsum, **parameters)

@@ -20,7 +20,7 @@ from .test_triton_paths import DEVICE, Case, assert_close, poisoned  # noqa: E40
 CANDIDATES = [
     ("triton_decode", {"splits": 2, "step": 16}),
     ("triton_decode", {"splits": 2, "combine": "launch"}),
-    ("triton_token", {"step": 16}),
+    ("triton_token", {"tokens": 2, "step": 16}),
     ("triton_union", {"tokens": 4, "step": 16}),
 ]
 

@@ -1,14 +1,16 @@
 """Claims about causal_prefix: exact on complete selections, whatever runs its two parts, and refused on all others."""
 
+import msgspec
 import pytest
 import torch
 
 import nsa
 from nsa.errors import UnsupportedPathError
 from nsa.paths import PATHS, causal_prefix, reference
+from nsa.problem import SelectionProblem
 from nsa.scoring import choose_blocks
 from nsa.selection import Selection
-from tuner.attest import FellBack, attest
+from tuner.attest import FellBack, Seen, attest, hold_against
 
 SIZE, TOPK, HEADS = 4, 3, 2
 PREFIX = SIZE * TOPK
@@ -138,3 +140,104 @@ def test_the_rows_behind_the_prefix_keep_what_the_caller_knows_of_their_overlap(
         selection.indices, block_size=SIZE, context_length=3 * PREFIX, overlap=overlap, complete=True
     )
     assert causal_prefix.problem_of(query, key, value, told).overlap == overlap
+
+
+CUDA = torch.device("cuda")
+LARGE = SelectionProblem(
+    mode="prefill", dtype="bfloat16", B=1, S=4096, T=4096, G=4, h=16, Dk=128, Dv=128, block_size=64, topk=16,
+    complete=True,
+)  # fmt: skip
+SMALL = msgspec.structs.replace(LARGE, S=1024, T=1024)
+FORWARD_4 = "kernel_cutlass_kernel_flash_attncuteflash_fwd_sm90FlashAttentionForwardSm90_object_at__tensor0000o111_0"
+BACKWARD_4 = "kernel_cutlass_kernel_flash_attncuteflash_bwd_sm90FlashAttentionBackwardSm90_object_at__tensor0000o111_0"
+AROUND_4 = (
+    "kernel_cutlass_kernel_flash_attncuteflash_bwd_preprocessFlashAttentionBackwardPreprocess_object_at__tensor_0"
+)
+SEEN = {
+    "flash_attn": Seen(
+        [("flash_attn::_flash_attn_forward", [])], ["void flash::flash_fwd_kernel<Flash_fwd_kernel_traits>"]
+    ),
+    "flash_attn_4": Seen([("FlashAttnFunc", [])], [FORWARD_4]),
+    "flash": Seen(
+        [
+            ("aten::scaled_dot_product_attention", []),
+            ("aten::_scaled_dot_product_flash_attention", [[1, 64, 1024, 128]]),
+        ],
+        ["void pytorch_flash::flash_fwd_kernel<pytorch_flash::Flash_fwd_kernel_traits>"],
+    ),
+}
+
+
+@pytest.mark.parametrize("declared", SEEN)
+@pytest.mark.parametrize("seen", SEEN)
+def test_no_library_passes_for_another(declared, seen):
+    evidence = PATHS["causal_prefix"].evidence(SMALL, CUDA, {"prefix": declared, "inner": "triton_union"}, ())
+    if declared == seen:
+        hold_against(evidence, SEEN[seen])
+        return
+    with pytest.raises(FellBack):
+        hold_against(evidence, SEEN[seen])
+
+
+@pytest.mark.parametrize("prefix", ["flash_attn", "flash_attn_4", "flash", "cudnn"])
+@pytest.mark.parametrize("inner", ["triton_union", "dense"])
+def test_the_rest_may_run_what_it_declares_and_no_other_library(prefix, inner):
+    evidence = PATHS["causal_prefix"].evidence(LARGE, CUDA, {"prefix": prefix, "inner": inner}, ())
+    assert not set(evidence.required) & set(evidence.forbidden)
+    absent = set(causal_prefix.support.LIBRARIES.values()) & set(evidence.forbidden)
+    own = {prefix if prefix in causal_prefix.PACKAGES else "sdpa"} | ({"sdpa"} if inner == "dense" else set())
+    assert absent == {pattern for name, pattern in causal_prefix.support.LIBRARIES.items() if name not in own}
+
+
+def test_flash_attention_4_shows_a_forward_and_in_train_a_backward():
+    parameters = {"prefix": "flash_attn_4", "inner": "triton_union"}
+    train = PATHS["causal_prefix"].evidence(msgspec.structs.replace(SMALL, mode="train"), CUDA, parameters, ())
+    hold_against(train, Seen([], [FORWARD_4, AROUND_4, BACKWARD_4]))
+    for kernels in ([FORWARD_4], [FORWARD_4, AROUND_4], [FORWARD_4, FORWARD_4, BACKWARD_4], [AROUND_4, BACKWARD_4]):
+        with pytest.raises(FellBack, match="flash_attncute"):
+            hold_against(train, Seen([], kernels))
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({}, None),
+        ({"Dk": 64, "Dv": 64}, None),
+        ({"Dk": 256, "Dv": 256, "dtype": "float16"}, None),
+        ({"Dk": 192}, None),
+        ({"Dk": 192, "mode": "train", "h": 1}, None),
+        ({"Dk": 192, "mode": "train"}, "192 and 128"),
+        ({"Dk": 128, "Dv": 192}, "128 and 192"),
+        ({"Dk": 264, "Dv": 264}, "264 and 264"),
+        ({"Dk": 36, "Dv": 36}, "36 and 36"),
+        ({"dtype": "float32"}, "float32"),
+    ],
+)
+def test_flash_attention_4_takes_the_head_dims_that_its_hopper_kernels_have(monkeypatch, changes, word):
+    problem = msgspec.structs.replace(LARGE, **changes)
+    monkeypatch.setattr(causal_prefix, "installed", lambda package: package == "flash_attn_4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    reason = causal_prefix.prefix_reason("flash_attn_4", problem, CUDA)
+    assert reason is None if word is None else word in reason
+
+
+@pytest.mark.parametrize("prefix", causal_prefix.PACKAGES)
+def test_a_package_that_is_not_there_is_named(monkeypatch, prefix):
+    monkeypatch.setattr(causal_prefix, "installed", lambda package: False)
+    assert causal_prefix.PACKAGES[prefix] in causal_prefix.prefix_reason(prefix, LARGE, CUDA)
+
+
+def test_flash_attention_4_is_for_one_compute_capability(monkeypatch):
+    monkeypatch.setattr(causal_prefix, "installed", lambda package: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability in ((8, 0), (9, 0), (10, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        reason = causal_prefix.prefix_reason("flash_attn_4", LARGE, CUDA)
+        assert (reason is None) == (capability == (9, 0))
+
+
+def test_the_packages_stand_on_the_ladder_of_a_gpu_alone_and_are_nobodys_default():
+    for kind, there in (("cuda", True), ("cpu", False)):
+        ladder = PATHS["causal_prefix"].tunables(LARGE, torch.device(kind))[0]
+        assert all((name in ladder.ladder) == there for name in causal_prefix.PACKAGES)
+        assert ladder.default not in causal_prefix.PACKAGES

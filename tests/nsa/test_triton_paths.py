@@ -22,7 +22,7 @@ from nsa.paths import PATHS  # noqa: E402
 from nsa.paths.reference import selected_keys  # noqa: E402
 from nsa.problem import SelectionProblem  # noqa: E402
 from nsa.selection import Selection  # noqa: E402
-from nsa.trace import record_paths  # noqa: E402
+from nsa.trace import Notes, noted, record_paths  # noqa: E402
 from nsa.workspace import Workspace  # noqa: E402
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -30,6 +30,8 @@ SMALL_BLOCK = {"span": 2048, "rows": 16, "item_rows": 32}
 CANDIDATES: list[tuple[str, dict[str, Any]]] = [
     ("triton_token", {}),
     ("triton_token", {"order": "token", "loads": "descriptor"}),
+    ("triton_token", {"tokens": 2, "loads": "descriptor"}),
+    ("triton_token", {"tokens": 4, "order": "token"}),
     ("triton_union", {"tokens": 4}),
     ("triton_union", {"tokens": 16, "loads": "descriptor"}),
     ("triton_block", SMALL_BLOCK),
@@ -41,7 +43,7 @@ CANDIDATES: list[tuple[str, dict[str, Any]]] = [
 NAMES = [f"{name}-{'-'.join(map(str, parameters.values()))}" for name, parameters in CANDIDATES]
 every_candidate = pytest.mark.parametrize(("path", "parameters"), CANDIDATES, ids=NAMES)
 every_path = pytest.mark.parametrize(
-    ("path", "parameters"), [CANDIDATES[i] for i in (0, 2, 4, 7)], ids=[NAMES[i] for i in (0, 2, 4, 7)]
+    ("path", "parameters"), [CANDIDATES[i] for i in (0, 3, 4, 6, 9)], ids=[NAMES[i] for i in (0, 3, 4, 6, 9)]
 )
 
 
@@ -218,6 +220,22 @@ def test_partials_as_the_tensor_core_holds_them_add_up(heads: int, width: int, r
 def test_steps_of_part_of_a_block_change_nothing(path: str, more: dict[str, Any], loads: str) -> None:
     case = Case(S=6, T=75, block_size=32, n=3)
     assert_matches(case, path, {**more, "step": 16, "loads": loads})
+
+
+def test_a_program_takes_as_many_tokens_as_there_are_at_most_and_one_by_default() -> None:
+    for queries, ladder in ((1, (1,)), (2, (1, 2)), (7, (1, 2, 4))):
+        problem = problem_of(Case(S=queries), "decode" if queries == 1 else "prefill")
+        tokens = next(item for item in PATHS["triton_token"].tunables(problem, DEVICE) if item.name == "tokens")
+        assert (tokens.ladder, tokens.default) == (ladder, 1)
+
+
+@pytest.mark.parametrize(("queries", "tokens", "programs"), [(7, 1, 28), (7, 2, 16), (7, 4, 8), (8, 4, 8)])
+def test_a_grid_has_a_program_for_every_few_tokens(queries: int, tokens: int, programs: int) -> None:
+    case = Case(S=queries, B=2, G=2)
+    before = noted.set(notes := Notes())
+    case.run("triton_token", {"tokens": tokens})
+    noted.reset(before)
+    assert [grid for _, grid, _ in notes.launches] == [programs]
 
 
 def test_a_call_is_known_by_what_kernels_are_compiled_for() -> None:
