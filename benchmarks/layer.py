@@ -1,7 +1,7 @@
 """The whole layer without projections against dense causal attention: ``python benchmarks/layer.py --out DIR``.
 
 For each context and mode (prefill; train: forward and backward) the branches, in train their gradients too, are first
-held against the float64 oracle on spot rows, then timed, each alone and all together, in rounds of fresh random order,
+held against the float64 oracles of ``tuner``, then timed, each alone and all together, in rounds of fresh random order,
 L2 flushed before every sample. Dense is cuDNN's SDPA and flash-attn, where they can run. One JSON line per figure goes
 to DIR/layer.jsonl; times are milliseconds, memory is the allocator's peak above the inputs, per token. Dispatch chooses
 the paths, unless ``--route window=triton_window:tokens=4,keys=64`` names one and its parameters. Queries walk, so that
@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from calls import checked  # beside this file
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -28,17 +29,18 @@ from nsa.compression import MeanCompressor, compressed_attention
 from nsa.device import installed
 from nsa.dispatch import selection_attention
 from nsa.mix import mix_branches
-from nsa.paths import PATHS
 from nsa.scoring import choose_blocks
 from nsa.selection import LogSums, Selection
 from nsa.trace import record_paths
 from nsa.window import window_attention
+from tuner.gradient_oracle import GradientOracle
+from tuner.inputs import CORRELATION, Inputs, walk
+from tuner.oracle import Oracle, WrongResult
 
 SIZES = {"kernel_size": 32, "kernel_stride": 16}
-BLOCK, TOPK, WINDOW, CORRELATION = 64, 16, 512, 0.97
+BLOCK, TOPK, WINDOW = 64, 16, 512
 BRANCHES = ("compression", "selection", "window")
-SPOTS = 48
-QUANTITIES = ("output", "query gradient", "key gradient", "value gradient")
+QUANTITIES = {Oracle: "output", GradientOracle: "gradients"}
 
 
 class Layer:
@@ -55,7 +57,7 @@ class Layer:
 
         dtype = getattr(torch, options.dtype)
         noise = normal(1, context, groups, heads // groups, width)
-        self.query = walked(noise).to(dtype)
+        self.query = walk(noise, CORRELATION).to(dtype)
         self.gates = torch.sigmoid(normal(1, context, groups, heads // groups, 3)).to(dtype)
         self.pull = normal(*self.query.shape).to(dtype)
         shape = (1, groups, context, width)
@@ -77,11 +79,8 @@ class Layer:
         return self.compressor(self.keys["compression"]), self.compressor(self.values["compression"])
 
     def compression(self, tokens: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """The compressed branch; leaves log-sum-exps where its path has them."""
-        self.sums = LogSums()
-        pair = self.compressed if tokens is None else tokens
-        route = self.routes.get("compression", {})
-        return compressed_attention(self.query, *pair, first_position=0, **SIZES, sums=self.sums, **route)
+        """The compressed branch."""
+        return self.attend("compression", self.query, *(self.compressed if tokens is None else tokens))
 
     def choose(self, tokens: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Scoring and top-k."""
@@ -92,16 +91,30 @@ class Layer:
 
     def selection(self, blocks: Tensor | None = None) -> Tensor:
         """The selection branch."""
-        chosen = Selection.from_blocks(
-            self.blocks if blocks is None else blocks, block_size=BLOCK, context_length=self.context, complete=True
-        )
-        route = self.routes.get("selection", {})
-        return selection_attention(self.query, self.keys["selection"], self.values["selection"], chosen, **route)
+        return self.attend("selection", self.query, self.keys["selection"], self.values["selection"], blocks)
 
     def window(self) -> Tensor:
         """The window branch."""
-        route = self.routes.get("window", {})
-        return window_attention(self.query, self.keys["window"], self.values["window"], window=WINDOW, **route)
+        return self.attend("window", self.query, self.keys["window"], self.values["window"])
+
+    def attend(self, branch: str, query: Tensor, key: Tensor, value: Tensor, blocks: Tensor | None = None) -> Tensor:
+        """A branch over tensors of its shapes; compression leaves log-sum-exps where its path has them."""
+        route = self.routes.get(branch, {})
+        if branch == "selection":
+            return selection_attention(query, key, value, self.chosen(blocks), **route)
+        if branch == "window":
+            return window_attention(query, key, value, window=WINDOW, **route)
+        self.sums = LogSums()
+        return compressed_attention(query, key, value, first_position=0, **SIZES, sums=self.sums, **route)
+
+    def call(self, branch: str, case: Inputs) -> Tensor:
+        """A branch over the tensors of one call."""
+        return self.attend(branch, case.query, case.key, case.value)
+
+    def chosen(self, blocks: Tensor | None = None) -> Selection:
+        """What the selection branch reads."""
+        blocks = self.blocks if blocks is None else blocks
+        return Selection.from_blocks(blocks, block_size=BLOCK, context_length=self.context, complete=True)
 
     def mix(self) -> Tensor:
         """The gated sum, of three tensors of the output's shape."""
@@ -129,72 +142,28 @@ class Layer:
             return F.scaled_dot_product_attention(query.transpose(1, 2), key, value, is_causal=True).transpose(1, 2)
 
 
-def walked(noise: Tensor) -> Tensor:
-    """A stationary walk along dim 1, in blocks of 128 tokens: neighbours correlate by CORRELATION."""
-    steps = torch.arange(128, device=noise.device)
-    lag = (steps[:, None] - steps).clamp_min(0)
-    kernel = torch.tril(CORRELATION ** lag.float()) * (1 - CORRELATION**2) ** 0.5
-    parts, state = [], noise[:, 0]
-    for part in noise.split(128, 1):
-        size = part.shape[1]
-        moved = torch.einsum("st,bt...->bs...", kernel[:size, :size], part)
-        parts.append(moved + torch.einsum("s,b...->bs...", CORRELATION ** (steps[:size] + 1).float(), state))
-        state = parts[-1][:, -1]
-    return torch.cat(parts, 1)
-
-
 def check(layer: Layer, mode: str, say: Callable[..., None]) -> bool:
-    """Spot rows of the three branches against the oracle in float64, within the derived bound. In train the loss reads
-    the spot rows alone, and the gradients of queries, keys and values are held against the oracle's."""
-    spots = sorted({*range(0, layer.context, max(1, layer.context // SPOTS)), layer.context - 1})
-    rows = torch.tensor(spots, device=layer.device)
-    exist = ((rows + 1 - SIZES["kernel_size"]).div(SIZES["kernel_stride"], rounding_mode="floor") + 1).clamp_min(0)
-    groups = layer.query.shape[2]
-
-    def spread(start: Tensor, end: Tensor) -> Tensor:
-        return torch.stack((start, end), -1)[None, :, None, None].expand(1, -1, groups, 1, 2)
-
-    key, value = layer.keys, layer.values
+    """The outputs of the three branches against the oracle in float64, and in train their gradients."""
+    whole, key, value = {"rows": (1, layer.context, layer.query.shape[2])}, layer.keys, layer.values
+    compressed = Selection.compressed(*SIZES.values(), first_position=0, device=layer.query.device, **whole)
+    window = Selection.window(WINDOW, context_length=layer.context, device=layer.query.device, **whole)
     cases = {
-        "compression": (layer.compression, *layer.compressed, spread(0 * exist, exist), exist - 1),
-        "selection": (layer.selection, key["selection"], value["selection"], layer.blocks[:, rows], rows),
-        "window": (
-            *(layer.window, key["window"], value["window"]),
-            *(spread((rows + 1 - WINDOW).clamp_min(0), rows + 1), rows),
-        ),
+        "compression": (*layer.compressed, compressed),
+        "selection": (key["selection"], value["selection"], layer.chosen()),
+        "window": (key["window"], value["window"], window),
     }
-    right, oracle, scale = True, PATHS["reference"].function(), layer.query.shape[4] ** -0.5
-    for name, (run, key, value, given, places) in cases.items():
-        options = {"context_length": key.shape[2], "query_positions": places}
-        if name == "selection":
-            chosen = Selection.from_blocks(given, block_size=BLOCK, **options)
-        else:
-            chosen = Selection.from_ranges(given, **options)
-        leaves = (layer.query, key, value)
-        found = outputs(run(), leaves, layer.pull, rows, mode == "train")
-        found = [found[0][:, rows], *(grad if n else grad[:, rows] for n, grad in enumerate(found[1:]))]
-        spot = tuple(leaf.detach().requires_grad_(mode == "train") for leaf in (layer.query[:, rows], key, value))
-        exact, eager = (
-            outputs(oracle(*spot, chosen, scale=scale, workspace=None, compute_dtype=dtype), spot, layer.pull[:, rows],
-                    slice(None), mode == "train")
-            for dtype in ("float64", str(value.dtype).removeprefix("torch."))
-        )  # fmt: skip
-        largest = [float(value.detach().abs().max()), *(float(grad.abs().max()) for grad in exact[1:])]
-        for what, one, truth, other, top in zip(QUANTITIES, found, exact, eager, largest, strict=False):
-            error = float((one.double() - truth).abs().max())
-            bound = max(2 * float((other.double() - truth).abs().max()), 4 * torch.finfo(value.dtype).eps * top)
-            say(kind="check", mode=mode, operation=name, quantity=what, error=error, bound=bound, ok=error <= bound)
-            right = right and error <= bound
+    right = True
+    for name, (key, value, selection) in cases.items():
+        inputs = Inputs(layer.query.detach(), key.detach(), value.detach(), selection, None)
+        for oracle in (Oracle, GradientOracle) if mode == "train" else (Oracle,):
+            told = {"kind": "check", "mode": mode, "operation": name, "quantity": QUANTITIES[oracle]}
+            try:
+                found = checked(partial(layer.call, name), inputs, oracle(inputs, layer.query.shape[4] ** -0.5), name)
+                say(**told, ok=True, **found)
+            except WrongResult as error:
+                say(**told, ok=False, reason=str(error))
+                right = False
     return right
-
-
-def outputs(out: Tensor, leaves: tuple[Tensor, ...], pull: Tensor, rows: Tensor | slice, train: bool) -> list[Tensor]:
-    """The output, and in train the gradients of ``leaves`` for ``pull`` at ``rows``, zero elsewhere."""
-    if not train:
-        return [out]
-    weight = torch.zeros_like(out)
-    weight[:, rows] = pull[:, rows].to(out.dtype)
-    return [out.detach(), *torch.autograd.grad(out, leaves, weight)]
 
 
 def steps(layer: Layer, train: bool) -> dict[str, Callable[[], object]]:

@@ -5,8 +5,9 @@
                                                                      (dry run on a CPU, times mean nothing)
 
 Ours is ``path="auto"``, the table's choice, and what --candidates names: {"shape or *": [{"kind", "path",
-"parameters"}]}. Nothing is timed that did not match the oracle: outputs by ``tuner.check.Oracle``, gradients of spot
-rows and blocks by ``selection_gradients``. Times are medians in microseconds over rounds, each all candidates in fresh
+"parameters"}]}. Nothing is timed that did not match its oracle, for outputs ``tuner.oracle``, for gradients
+``tuner.gradient_oracle``: ``checked_tokens`` query tokens (and all keys' gradients), the largest error ``of_bound`` in
+units of its derived bound. Times are medians in microseconds over rounds, each all candidates in fresh
 random order: CUDA events with L2 flushed (``event_us``; eager, so that a slow host shows), and for decode the host's
 clock (``host_us``) and CUDA graphs, ``warm_us`` reading the same blocks again and ``cold_us`` others, over more than
 twice L2. OUT/selection.jsonl gets a line per candidate; shapes that stand there for the same commit are not run again.
@@ -24,6 +25,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,14 +36,15 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 import selection_peers  # beside this file, like the next two
+from calls import backward, checked, with_leaves
 from selection_clock import Clock, Replay
-from selection_gradients import GradientSpots, gradients, with_leaves
 
 import nsa
 from nsa.errors import NSAError
 from nsa.problem import SelectionProblem
-from tuner.check import Oracle, WrongResult
+from tuner.gradient_oracle import GradientOracle
 from tuner.inputs import Inputs, make_inputs
+from tuner.oracle import Oracle, WrongResult
 
 FLOPS_PER_US, BYTES_PER_US = 790e6, 4.3e6
 """Measured bf16 matmul and copy of the device that the floors are for, an H200."""
@@ -165,7 +168,7 @@ def bench(name: str, kind: str, candidates: list[Candidate], clock: Clock, devic
     problem, pattern = SHAPES[name]
     inputs = make_inputs(problem, pattern, 0, device)
     weight = torch.randn(*inputs.query.shape[:4], problem.Dv, device=device, dtype=inputs.value.dtype)
-    oracle = GradientSpots(problem, inputs, weight) if kind == "backward" else Oracle(inputs, problem.Dk**-0.5)
+    oracle = (GradientOracle if kind == "backward" else Oracle)(inputs, problem.Dk**-0.5)
     rotation: list[Inputs] = []
     if kind == "decode" and device.type == "cuda":
         read = problem.rows * problem.row_width * (problem.Dk + problem.Dv) * problem.item_bytes
@@ -185,11 +188,9 @@ def bench(name: str, kind: str, candidates: list[Candidate], clock: Clock, devic
                 if candidate.name == "auto":
                     candidate = chosen_by_table(candidate, case, kind)
                     record["parameters"] = candidate.parameters
-                if kind == "backward":
-                    call: Callable[[], Any] = gradients(candidate.run, case, weight)
-                else:
-                    call = lambda candidate=candidate, case=case: candidate.run(case)  # noqa: E731
-                record |= {"outcome": "ok", "error": oracle.compare(call(), candidate.name)}  # type: ignore[arg-type, call-arg]
+                record |= {"outcome": "ok", **checked(candidate.run, case, oracle, candidate.name)}
+                run = candidate.run
+                call = backward(run, case, weight) if kind == "backward" else partial(run, case)
                 ready.append((candidate, case, call))
             except failures() as error:
                 record |= {"outcome": type(error).__name__, "reason": str(error)[:300]}
@@ -233,7 +234,7 @@ def compile_ahead(job: tuple[str, str, dict[str, Any]]) -> None:
     try:
         inputs = make_inputs(problem, "random", 0, torch.device("cuda"))
         if kind == "backward":
-            gradients(run, inputs, torch.zeros_like(inputs.query[..., : problem.Dv]))()
+            backward(run, inputs, torch.zeros_like(inputs.query[..., : problem.Dv]))()
         else:
             run(inputs)
         torch.cuda.synchronize()

@@ -30,10 +30,17 @@ def shared_attention(
     heads, width = query.shape[2], value.shape[-1]
     if query.device.type == "cpu" and query.shape[-1] != width:
         wide = max(width, query.shape[-1])
-        query, key, value = (F.pad(tensor, (0, wide - tensor.shape[-1])) for tensor in (query, key, value))
+        query, key, value = (widened(tensor, wide) for tensor in (query, key, value))
     key, value = (tensor.flatten(0, 1)[:, None].expand(-1, heads, -1, -1) for tensor in (key, value))
     out = F.scaled_dot_product_attention(query.flatten(0, 1), key, value, attn_mask=mask, is_causal=causal, scale=scale)
     return torch.unflatten(out[..., :width], 0, query.shape[:2])
+
+
+def widened(tensor: Tensor, width: int) -> Tensor:
+    """The tensor with zeros behind its last dimension up to ``width``; itself where it has as many. Exact: zeros behind
+    queries and keys change no score, those behind values are columns of the output to be cut off."""
+    missing = width - tensor.shape[-1]
+    return F.pad(tensor, (0, missing)) if missing > 0 else tensor
 
 
 def flash_attn_attention(

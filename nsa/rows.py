@@ -130,14 +130,24 @@ class Gathered(torch.autograd.Function):
         return total.to(grad.dtype), None
 
 
-def gather(view: Tensor, index: Tensor, role: str, workspace: Workspace | None, *, reserve_rows: int = 0) -> Tensor:
-    """``view`` (N, D) rows at ``index`` (K,) -> (K, D): in the workspace, or a fresh tensor where there is none."""
+def gather(
+    view: Tensor, index: Tensor, role: str, workspace: Workspace | None, *, width: int = 0, reserve_rows: int = 0
+) -> Tensor:
+    """``view`` (N, D) rows at ``index`` (K,) -> (K, max(D, width)), zeros from column D on: in the workspace, or a
+    fresh tensor where there is none."""
+    held = view.shape[1]
     if workspace is None:
-        return cast(Tensor, Gathered.apply(view, index))  # type: ignore[no-untyped-call]
+        rows = cast(Tensor, Gathered.apply(view, index))  # type: ignore[no-untyped-call]
+        return F.pad(rows, (0, width - held)) if width > held else rows
     out = workspace.take(
-        role, index.numel(), view.shape[1], dtype=view.dtype, device=view.device, reserve_rows=reserve_rows
+        role, index.numel(), max(held, width), dtype=view.dtype, device=view.device, reserve_rows=reserve_rows
     )
-    return torch.index_select(view, 0, index, out=out)
+    if width > held:
+        out[:, held:] = 0
+        torch.index_select(view, 0, index, out=out[:, :held])
+    else:
+        torch.index_select(view, 0, index, out=out)
+    return out
 
 
 def padded_attention(query: Tensor, key: Tensor, value: Tensor, present: Tensor, scale: float) -> Tensor:

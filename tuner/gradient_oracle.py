@@ -135,8 +135,10 @@ class GradientOracle:
                     piece.add(total, part)
         return [of_query, *sums]
 
-    def compare(self, call: Call, workspace: Workspace) -> None:
-        """Two steps with one workspace, poisoned in between. Raises WrongResult."""
+    def compare(self, call: Call, workspace: Workspace) -> float:
+        """Two steps with one workspace, poisoned in between: the largest error in units of its bound. Raises
+        WrongResult."""
+        worst = 0.0
         for step in ("first", "second"):
             gradients = two_calls(call, self.inputs, workspace, self.rows, self.rows)
             for name, found, want, bound in zip("qkv", gradients, self.truth, self.bounds, strict=True):
@@ -147,7 +149,9 @@ class GradientOracle:
                     off, allowed = error[place], bound.expand_as(error)[place]
                     said = f"gradient of {name} off by {off:.3g} at {place}, derived bound {allowed:.3g}"
                     raise WrongResult(f"{step} step: {said}")
+                worst = max(worst, float((error / bound).nan_to_num().max()))  # 0 of 0 where nothing is allowed
             workspace.poison()
+        return worst
 
 
 def keys_read(selection: Selection, keys: int) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..attend import FLASH_ATTN
+from ..attend import FLASH_ATTN, aligned, flash_attn_attention, widened
 from ..device import installed
 from ..errors import UnsupportedPathError
 from ..kernels import support
@@ -74,7 +74,7 @@ def prefix_reason(prefix: str, problem: SelectionProblem, device: torch.device) 
         "efficient": problem.dtype != "float64" and most <= 256 and problem.Dk % 8 == problem.Dv % 8 == 0,
         "flash": same and (device.type == "cpu" or (half and most <= 256 and most % 8 == 0)),
         "cudnn": half and same and most <= 128 and most % 8 == 0,
-        "flash_attn": half and same and most <= 256 and most % 8 == 0,
+        "flash_attn": half and most <= 256 and most % 8 == 0,
         "flash_attn_4": half and ((same and most <= 256 and most % 8 == 0) or wide_keys(problem)),
     }
     if not fits[prefix]:
@@ -197,29 +197,29 @@ def problem_of(query: Tensor, key: Tensor, value: Tensor, selection: Selection) 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, prefix: str) -> Tensor:
     """Every row against all keys up to its own: (B, P, G, h, Dk), (B, G, P, Dk), (B, G, P, Dv) -> (B, P, G, h, Dv)."""
-    batch, rows, groups, heads, _ = query.shape
+    batch, rows, groups, heads, width = query.shape
     if scale < 0:  # fused kernels take the largest raw score for the largest scaled one
         query, scale = -query, -scale
-    flat = query.flatten(2, 3)
+    if prefix == "flash_attn":  # takes equal head dims
+        wide = max(width, value.shape[3])
+        out = flash_attn_attention(widened(query, wide), widened(key, wide), widened(value, wide), scale)
+        return out[..., : value.shape[3]]
     out: Tensor
-    if prefix == "flash_attn":
-        from flash_attn import flash_attn_func  # optional package, loaded when first run
+    if prefix == "flash_attn_4":
+        from flash_attn.cute import flash_attn_func  # optional package; compiles when first run, for seconds
 
-        out = flash_attn_func(flat, key.transpose(1, 2), value.transpose(1, 2), softmax_scale=scale, causal=True)
-    elif prefix == "flash_attn_4":
-        from flash_attn.cute import flash_attn_func as compiled  # likewise; compiles when first run, for seconds
-
-        out, _ = compiled(flat, key.transpose(1, 2), value.transpose(1, 2), softmax_scale=scale, causal=True)
-    else:
-        if prefix == "efficient":  # knows no grouped heads
-            key, value = key.repeat_interleave(heads, 1), value.repeat_interleave(heads, 1)
-        with sdpa_kernel(BACKENDS[prefix]):  # one backend, which raises where it cannot run
-            out = F.scaled_dot_product_attention(
-                flat.transpose(1, 2),
-                key,
-                value,
-                is_causal=True,
-                scale=scale,
-                enable_gqa=heads > 1 and prefix != "efficient",
-            ).transpose(1, 2)
-    return out.reshape(batch, rows, groups, heads, -1)
+        tensors = (aligned(tensor) for tensor in (query.flatten(2, 3), key.transpose(1, 2), value.transpose(1, 2)))
+        out, _ = flash_attn_func(*tensors, softmax_scale=scale, causal=True)
+        return out.reshape(batch, rows, groups, heads, -1)
+    if prefix == "efficient":  # knows no grouped heads
+        key, value = key.repeat_interleave(heads, 1), value.repeat_interleave(heads, 1)
+    with sdpa_kernel(BACKENDS[prefix]):  # one backend, which raises where it cannot run
+        out = F.scaled_dot_product_attention(
+            query.flatten(2, 3).transpose(1, 2),
+            key,
+            value,
+            is_causal=True,
+            scale=scale,
+            enable_gqa=heads > 1 and prefix != "efficient",
+        )
+    return out.transpose(1, 2).reshape(batch, rows, groups, heads, -1)

@@ -3,15 +3,18 @@
 A row is one sequence: its h query heads are h query tokens of one head, all reading the row's keys, none masked.
 Backends: ``flash_attn`` (``flash_attn_varlen_func``), ``torch`` (``torch.nn.attention.varlen.varlen_attn``) and
 ``segment`` (segmented softmax in plain torch: any device, any dtype). Asked for one, it runs that one or raises.
+The first two take equal head dims, so what is narrower is gathered into rows as wide as the other, zeros behind.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
 import torch
 from torch import Tensor
 
+from ..attend import widened
 from ..device import installed
 from ..problem import SelectionProblem
 from ..rows import (
@@ -54,11 +57,14 @@ def problem_reason(backend: str, problem: SelectionProblem, device: torch.device
         return f"varlen backend {backend} needs a CUDA device"
     if problem.dtype not in ("float16", "bfloat16"):
         return f"varlen backend {backend} needs float16 or bfloat16, got {problem.dtype}"
-    if problem.Dk != problem.Dv:
-        return f"varlen backend {backend} needs Dk == Dv, got {problem.Dk} and {problem.Dv}"
-    if problem.Dk % 8 or problem.Dk > 256:
-        return f"varlen backend {backend} needs a head dim that is a multiple of 8 and at most 256, got {problem.Dk}"
+    if (wide := packed_width(backend, problem.Dk, problem.Dv)) % 8 or wide > 256:
+        return f"varlen backend {backend} needs a head dim that is a multiple of 8 and at most 256, got {wide}"
     return None
+
+
+def packed_width(backend: str, *head_dims: int) -> int:
+    """What queries, keys and values are widened to, the widest head dim, or 0: each stays as wide as it is."""
+    return 0 if backend == "segment" else max(head_dims)
 
 
 def tunables(problem: SelectionProblem, device: torch.device) -> tuple[Parameter, ...]:
@@ -67,9 +73,11 @@ def tunables(problem: SelectionProblem, device: torch.device) -> tuple[Parameter
     backends = tuple(name for name in KERNELS if problem_reason(name, problem, device) is None)
     default = next(name for name in backends if backend_reason(name, problem, device) is None)
     copies = 2 + (problem.h if default == "segment" else 0)
+    wide = packed_width(default, problem.Dk, problem.Dv)
+    packed = msgspec.structs.replace(problem, Dk=max(problem.Dk, wide), Dv=max(problem.Dv, wide))
     return (
         Parameter("backend", backends, default),
-        chunk_parameter("row_chunk", problem, device, gathered_bytes(problem) * copies // 2, problem.rows),
+        chunk_parameter("row_chunk", problem, device, gathered_bytes(packed) * copies // 2, problem.rows),
         reserve_parameter("reserve_rows", problem.rows),
         reserve_parameter("reserve_keys", problem.rows * problem.row_width),
     )
@@ -88,7 +96,7 @@ def unsupported(problem: SelectionProblem, device: torch.device, parameters: Par
 def evidence(
     problem: SelectionProblem, device: torch.device, parameters: Parameters, lengths: Sequence[int]
 ) -> Evidence:
-    """One backend launch per chunk of rows over flat keys (keys, [1,] Dk), and no other backend's."""
+    """One backend launch per chunk of rows over flat keys, gathered by indices (keys,), and no other backend's."""
     backend = str(parameters["backend"])
     chunks = list(row_chunks(problem.rows, int(parameters["row_chunk"])))
     others = tuple(pattern for name, pattern in KERNELS.items() if name != backend)
@@ -125,7 +133,8 @@ def run(
     ranges, workspace = flat_ranges(selection), scratch(workspace, query, key, value)
     key_view, key_base, key_step = key_rows(key, queries)
     value_view, value_base, value_step = key_rows(value, queries)
-    rows = pack_queries(query, workspace, int(reserve_rows))
+    wide = packed_width(str(backend), key.shape[3], value.shape[3])
+    rows = widened(pack_queries(query, workspace, int(reserve_rows)), wide)
     attend = {"flash_attn": flash_attn_attention, "torch": torch_attention, "segment": segment_attention}[str(backend)]
     parts = []
     for first, end in row_chunks(rows.shape[0], int(row_chunk)):
@@ -133,9 +142,9 @@ def run(
         positions, row, offsets = flat_positions(part, flat_total(selection, part, keys))
         owner = row.clamp_max(end - first - 1)
         index = key_base[first:end][owner] + positions * key_step
-        k = gather(key_view, index, "varlen.key", workspace, reserve_rows=int(reserve_keys))
+        k = gather(key_view, index, "varlen.key", workspace, width=wide, reserve_rows=int(reserve_keys))
         index = value_base[first:end][owner] + positions * value_step
-        v = gather(value_view, index, "varlen.value", workspace, reserve_rows=int(reserve_keys))
+        v = gather(value_view, index, "varlen.value", workspace, width=wide, reserve_rows=int(reserve_keys))
         k, v = without_spare(k, row, end - first), without_spare(v, row, end - first)
         parts.append(attend(rows[first:end], k, v, offsets, row, longest, scale))
     executed(
@@ -144,7 +153,7 @@ def run(
         {"backend": backend, "row_chunk": row_chunk, "reserve_rows": reserve_rows, "reserve_keys": reserve_keys},
     )
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return out.view(batch, queries, groups, heads, -1)
+    return out[..., : value.shape[3]].view(batch, queries, groups, heads, -1)
 
 
 def without_spare(gathered: Tensor, row: Tensor, rows: int) -> Tensor:
@@ -170,7 +179,7 @@ def pack_queries(query: Tensor, workspace: Workspace | None, reserve_rows: int) 
 def flash_attn_attention(
     rows: Tensor, key: Tensor, value: Tensor, offsets: Tensor, row: Tensor, longest: int, scale: float
 ) -> Tensor:
-    """``flash_attn_varlen_func``: rows (r, h, Dk), flat keys (K, Dk) -> (r, h, Dv)."""
+    """``flash_attn_varlen_func``: rows (r, h, D), flat keys and values (K, D) -> (r, h, D)."""
     from flash_attn import flash_attn_varlen_func  # an optional package, imported where it is asked for
 
     count, heads, width = rows.shape
@@ -213,7 +222,8 @@ def torch_attention(
 def segment_attention(
     rows: Tensor, key: Tensor, value: Tensor, offsets: Tensor, row: Tensor, longest: int, scale: float
 ) -> Tensor:
-    """Softmax by segments in plain torch, scores in float32 or better; arguments as above, spare slots have row r."""
+    """Softmax by segments in plain torch, scores in float32 or better; arguments as above, but rows and keys may have
+    another head dim than values; spare slots have row r."""
     count, heads, _ = rows.shape
     wide = torch.promote_types(rows.dtype, torch.float32)
     padded = torch.cat((rows, rows.new_zeros(1, *rows.shape[1:])))

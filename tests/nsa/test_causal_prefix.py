@@ -133,6 +133,26 @@ def test_a_backend_that_cannot_run_the_head_dims_is_named_before():
     assert out.isfinite().all()
 
 
+@pytest.mark.parametrize("dims", [(8, 8), (16, 8), (8, 16)], ids=str)
+def test_flash_attn_is_given_the_first_rows_in_equal_head_dims(dims, monkeypatch):
+    query, key, value, selection = complete_case(PREFIX, key_dim=dims[0], value_dim=dims[1])
+    leaves = [t.double().requires_grad_() for t in (query, key, value)]
+
+    def attention(query, key, value, scale):
+        assert query.shape[-1] == key.shape[-1] == value.shape[-1] == max(dims)
+        return causal_prefix.causal_attention(query, key, value, scale, "math")
+
+    monkeypatch.setattr(causal_prefix, "flash_attn_attention", attention)
+    weight = torch.linspace(-1, 1, dims[1], dtype=torch.float64)
+    results = []
+    for run in (reference.run, PATHS["causal_prefix"].function()):
+        more = {"prefix": "flash_attn"} if results else {}
+        out = run(*leaves, selection, scale=-0.3, **more)
+        results.append((out, *torch.autograd.grad((out * weight).sum(), leaves)))
+    for want, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("overlap", ["low", "high"])
 def test_the_rows_behind_the_prefix_keep_what_the_caller_knows_of_their_overlap(overlap):
     query, key, value, selection = complete_case(3 * PREFIX)

@@ -6,12 +6,17 @@ import torch
 import nsa
 from nsa.paths import reference, varlen
 from nsa.paths.varlen import backend_reason
+from nsa.problem import SelectionProblem
 from nsa.selection import Selection
+from nsa.workspace import Workspace
 from tests.nsa.cases import tensors
 from tests.nsa.test_paths import bound
 
+CUDA = torch.device("cuda")
 SHAPES = [(1, 1, 2, 4, 200), (2, 33, 2, 4, 200), (1, 64, 1, 16, 130), (1, 700, 2, 2, 700)]
 """(B, S, G, h, T); the last has 1400 rows, more than the 1024 at which PR31's kernel broke."""
+DIMS = [(32, 32), (48, 32), (24, 40)]
+"""(Dk, Dv)."""
 
 
 def ragged(batch, queries, groups, context):
@@ -66,14 +71,87 @@ def test_gradients_that_a_kernel_does_not_write_reach_no_key(
         torch.testing.assert_close(have, usual)
 
 
+@pytest.fixture
+def equal_head_dims_only(monkeypatch):
+    """Backend flash_attn is segment that takes equal head dims alone; a list of those it was given."""
+    seen = []
+
+    def attention(rows, key, value, *rest):
+        seen.append((rows.shape[2], key.shape[1], value.shape[1]))
+        assert len(set(seen[-1])) == 1
+        return varlen.segment_attention(rows, key, value, *rest)
+
+    monkeypatch.setattr(varlen, "flash_attn_attention", attention)
+    return seen
+
+
+@pytest.mark.parametrize("row_chunk", [0, 64])
+@pytest.mark.parametrize("dims", DIMS, ids=str)
+@pytest.mark.parametrize(("batch", "queries", "groups", "heads", "context"), SHAPES[:3])
+def test_widening_to_equal_head_dims_changes_no_output_and_no_gradient(
+    batch, queries, groups, heads, context, dims, row_chunk, equal_head_dims_only
+):
+    selection = ragged(batch, queries, groups, context)
+    leaves = [t.double().requires_grad_() for t in tensors(selection, context, heads, *dims)]
+    backends = ("segment", "flash_attn")
+    outs = [varlen.run(*leaves, selection, scale=0.2, backend=name, row_chunk=row_chunk) for name in backends]
+    assert set(equal_head_dims_only) == {(max(dims),) * 3}
+    assert outs[0].shape == outs[1].shape
+    weight = torch.linspace(-1, 1, outs[0].numel(), dtype=torch.float64).view_as(outs[0])
+    want, found = (torch.autograd.grad((out * weight).sum(), leaves) for out in outs)
+    for have, usual in zip((outs[1], *found), (outs[0], *want), strict=True):
+        torch.testing.assert_close(have, usual, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dims", DIMS, ids=str)
+def test_widened_keys_lie_in_the_workspace_and_read_nothing_that_stood_there(dims, equal_head_dims_only):
+    selection, workspace = ragged(2, 33, 2, 200), Workspace()
+    query, key, value = tensors(selection, 200, 4, *dims)
+    truth, allowed = bound(selection, query, key, value, 0.2, torch.float32)
+    for _ in range(2):
+        out = varlen.run(query, key, value, selection, scale=0.2, workspace=workspace, backend="flash_attn")
+        assert (out - truth).abs().max() <= allowed
+        workspace.poison()
+    keys = int(selection.lengths.sum())
+    assert workspace.report().buffers == dict.fromkeys(("varlen.key", "varlen.value"), keys * max(dims) * 4)
+    assert (workspace.growths, workspace.reuses) == (2, 2)
+
+
+def paper(**changes):
+    fields = {
+        "mode": "prefill", "dtype": "bfloat16", "B": 1, "S": 16384, "T": 16384, "G": 4, "h": 16, "Dk": 192, "Dv": 128,
+        "block_size": 64, "topk": 16,
+    }  # fmt: skip
+    return SelectionProblem(**{**fields, **changes})
+
+
+@pytest.mark.parametrize("mode", ["prefill", "train"])
+def test_the_papers_head_dims_run_by_flash_attention_with_the_chunks_of_the_wider_one(mode):
+    unequal, equal = ({p.name: p for p in varlen.tunables(paper(mode=mode, Dv=d), CUDA)} for d in (128, 192))
+    assert unequal["backend"].ladder == ("flash_attn", "torch", "segment")
+    assert unequal["backend"].default != "segment"
+    assert unequal["row_chunk"] == equal["row_chunk"]
+
+
+@pytest.mark.parametrize("backend", ["flash_attn", "torch"])
+def test_the_wider_head_dim_decides_what_flash_attention_takes(backend):
+    for dims in ((192, 128), (128, 192), (64, 20), (256, 8)):
+        assert varlen.problem_reason(backend, paper(Dk=dims[0], Dv=dims[1]), CUDA) is None
+    for dims, wide in (((264, 128), 264), ((128, 264), 264), ((20, 16), 20)):
+        reason = varlen.problem_reason(backend, paper(Dk=dims[0], Dv=dims[1]), CUDA)
+        assert reason is not None
+        assert reason.endswith(f"a multiple of 8 and at most 256, got {wide}")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["flash_attn", "torch", "segment"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dims", DIMS, ids=str)
 @pytest.mark.parametrize(("batch", "queries", "groups", "heads", "context"), SHAPES)
-def test_varlen_parity_on_the_gpu(batch, queries, groups, heads, context, backend, dtype):
+def test_varlen_parity_on_the_gpu(batch, queries, groups, heads, context, dims, backend, dtype):
     made = ragged(batch, queries, groups, context)
     selection = Selection.from_blocks(made.indices.cuda(), block_size=16, context_length=context)
-    query, key, value = (t.detach().cuda().requires_grad_() for t in tensors(made, context, heads, 32, 32, dtype))
+    query, key, value = (t.detach().cuda().requires_grad_() for t in tensors(made, context, heads, *dims, dtype))
     truth, allowed = bound(selection, query, key, value, 32**-0.5, dtype)
     out = nsa.selection_attention(query, key, value, selection, path="varlen", parameters={"backend": backend})
     assert (out.double() - truth).abs().max() <= allowed

@@ -399,6 +399,23 @@ def test_of_a_large_selection_one_wrong_gradient_of_one_key_is_caught(monkeypatc
             found.compare(wrong, Workspace())
 
 
+def test_the_largest_gradient_error_is_told_in_units_of_its_bound() -> None:
+    posed = problem(mode="train", dtype="float64")
+    found = GradientOracle(make_inputs(posed, "random", 0, CPU), posed.Dk**-0.5)
+
+    def off_by(part: float) -> float:
+        def call(case: Any, workspace: Any) -> torch.Tensor:
+            return right(msgspec.structs.replace(case, query=case.query + part * (case.query - case.query.detach())), 0)
+
+        return found.compare(call, Workspace())
+
+    of_the_bound = float((found.truth[0].abs() / found.bounds[0]).max())
+    for share in (0.25, 0.5, 0.99):
+        assert off_by(share / of_the_bound) == pytest.approx(share, rel=1e-3)
+    with pytest.raises(WrongResult, match="gradient of q off by"):
+        off_by(1.01 / of_the_bound)
+
+
 @pytest.mark.parametrize("which", ["key", "value"])
 def test_in_bfloat16_a_gradient_that_is_zero_for_all_keys_but_the_popular_ones_is_caught(which: str) -> None:
     posed = problem(mode="train", dtype="bfloat16", S=4096, T=4096, G=1, h=1, Dk=16, Dv=16, topk=4)
