@@ -1,5 +1,8 @@
 """Claims about causal_prefix: exact on complete selections, whatever runs its two parts, and refused on all others."""
 
+import sys
+from types import ModuleType
+
 import msgspec
 import pytest
 import torch
@@ -261,3 +264,24 @@ def test_the_packages_stand_on_the_ladder_of_a_gpu_alone_and_are_nobodys_default
         ladder = PATHS["causal_prefix"].tunables(LARGE, torch.device(kind))[0]
         assert all((name in ladder.ladder) == there for name in causal_prefix.PACKAGES)
         assert ladder.default not in causal_prefix.PACKAGES
+
+
+@pytest.mark.parametrize("prefix", causal_prefix.PACKAGES)
+def test_a_package_is_called_as_its_interface_is(monkeypatch, prefix):
+    def attention(q, k, v, *, softmax_scale, causal):
+        assert causal
+        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        plain = torch.nn.functional.scaled_dot_product_attention
+        out = plain(q, k, v, is_causal=True, scale=softmax_scale, enable_gqa=True).transpose(1, 2)
+        return out if prefix == "flash_attn" else (out, None)  # the log-sum-exp, for who asks
+
+    package, cute = ModuleType("flash_attn"), ModuleType("flash_attn.cute")
+    (package if prefix == "flash_attn" else cute).flash_attn_func = attention
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", cute)
+    query, key, value, selection = complete_case(PREFIX, value_dim=16)
+    for scale in (0.3, -0.3):
+        truth = reference.run(query, key, value, selection, scale=scale)
+        eager = reference.run(query, key, value, selection, scale=scale, compute_dtype="float32")
+        out = causal_prefix.run(query, key, value, selection, scale=scale, prefix=prefix)
+        assert (out - truth).abs().max() <= allowed(truth, eager, float(value.abs().max()))
