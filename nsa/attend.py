@@ -71,13 +71,22 @@ def aligned(tensor: Tensor) -> Tensor:
 
 def flash_attn_reason(problem: SelectionProblem, device: torch.device) -> str | None:
     """Why ``flash_attn_func`` cannot run a problem; None if it can."""
-    if device.type != "cuda":
-        return "flash_attn needs a CUDA device"
-    if problem.dtype not in ("float16", "bfloat16"):
-        return f"flash_attn needs float16 or bfloat16, got {problem.dtype}"
-    if problem.Dk != problem.Dv or problem.Dk % 8 or problem.Dk > 256:
-        return f"flash_attn needs Dk == Dv, a multiple of 8 and at most 256, got {problem.Dk} and {problem.Dv}"
+    if reason := flash_kernel_reason("flash_attn", problem, device):
+        return reason
+    if problem.Dk != problem.Dv:
+        return f"flash_attn needs Dk == Dv, got {problem.Dk} and {problem.Dv}"
     return None if installed("flash_attn") else "flash_attn needs the package flash-attn"
+
+
+def flash_kernel_reason(name: str, problem: SelectionProblem, device: torch.device) -> str | None:
+    """Why the kernels of FlashAttention cannot run a problem whose head dims are made equal; None if they can."""
+    if device.type != "cuda":
+        return f"{name} needs a CUDA device"
+    if problem.dtype not in ("float16", "bfloat16"):
+        return f"{name} needs float16 or bfloat16, got {problem.dtype}"
+    if (wide := max(problem.Dk, problem.Dv)) % 8 or wide > 256:
+        return f"{name} needs a head dim that is a multiple of 8 and at most 256, got {wide}"
+    return None
 
 
 def by_strides(query: Tensor, structure: Structure, attend: Callable[[Tensor, int], Tensor]) -> Tensor:

@@ -8,13 +8,15 @@ The first two take equal head dims, so what is narrower is gathered into rows as
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import msgspec
 import torch
 from torch import Tensor
 
-from ..attend import widened
+from ..attend import flash_kernel_reason, widened
 from ..device import installed
 from ..problem import SelectionProblem
 from ..rows import (
@@ -51,15 +53,7 @@ def backend_reason(backend: str, problem: SelectionProblem, device: torch.device
 
 def problem_reason(backend: str, problem: SelectionProblem, device: torch.device) -> str | None:
     """Why ``backend`` can run the problem nowhere on such a device; None if it can where its package is."""
-    if backend == "segment":
-        return None
-    if device.type != "cuda":
-        return f"varlen backend {backend} needs a CUDA device"
-    if problem.dtype not in ("float16", "bfloat16"):
-        return f"varlen backend {backend} needs float16 or bfloat16, got {problem.dtype}"
-    if (wide := packed_width(backend, problem.Dk, problem.Dv)) % 8 or wide > 256:
-        return f"varlen backend {backend} needs a head dim that is a multiple of 8 and at most 256, got {wide}"
-    return None
+    return None if backend == "segment" else flash_kernel_reason(f"varlen backend {backend}", problem, device)
 
 
 def packed_width(backend: str, *head_dims: int) -> int:
@@ -182,19 +176,7 @@ def flash_attn_attention(
     """``flash_attn_varlen_func``: rows (r, h, D), flat keys and values (K, D) -> (r, h, D)."""
     from flash_attn import flash_attn_varlen_func  # an optional package, imported where it is asked for
 
-    count, heads, width = rows.shape
-    cu_seqlens_q = torch.arange(0, (count + 1) * heads, heads, dtype=torch.int32, device=rows.device)
-    out: Tensor = flash_attn_varlen_func(
-        rows.reshape(count * heads, 1, width),
-        key[:, None],
-        value[:, None],
-        cu_seqlens_q,
-        offsets.to(torch.int32),
-        heads,
-        longest,
-        softmax_scale=scale,
-    )
-    return out.view(count, heads, -1)
+    return by_sequences(partial(flash_attn_varlen_func, softmax_scale=scale), rows, key, value, offsets, longest)
 
 
 def torch_attention(
@@ -203,19 +185,17 @@ def torch_attention(
     """``torch.nn.attention.varlen.varlen_attn``, the FlashAttention inside torch; arguments as above."""
     from torch.nn.attention.varlen import varlen_attn  # pulls in much of torch that no other backend needs
 
+    return by_sequences(partial(varlen_attn, scale=scale), rows, key, value, offsets, longest)
+
+
+def by_sequences(
+    attend: Callable[..., Any], rows: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int
+) -> Tensor:
+    """``attend`` over sequences of a row's h query heads, as query tokens of one head, and of the row's keys."""
     count, heads, width = rows.shape
     cu_seqlens_q = torch.arange(0, (count + 1) * heads, heads, dtype=torch.int32, device=rows.device)
-    out = varlen_attn(
-        rows.reshape(count * heads, 1, width),
-        key[:, None],
-        value[:, None],
-        cu_seqlens_q,
-        offsets.to(torch.int32),
-        heads,
-        longest,
-        scale=scale,
-    )
-    assert isinstance(out, Tensor)
+    flat, offsets = rows.reshape(count * heads, 1, width), offsets.to(torch.int32)
+    out: Tensor = attend(flat, key[:, None], value[:, None], cu_seqlens_q, offsets, heads, longest)
     return out.view(count, heads, -1)
 
 

@@ -1,5 +1,8 @@
 """PR31's suite "FA2 varlen parity", here against the oracle and not against another path; see docs/log.md."""
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 
@@ -72,30 +75,41 @@ def test_gradients_that_a_kernel_does_not_write_reach_no_key(
 
 
 @pytest.fixture
-def equal_head_dims_only(monkeypatch):
-    """Backend flash_attn is segment that takes equal head dims alone; a list of those it was given."""
+def stand_ins(monkeypatch):
+    """Both kernels in plain torch, a sequence at a time, equal head dims alone; a list of those they were given."""
     seen = []
 
-    def attention(rows, key, value, *rest):
-        seen.append((rows.shape[2], key.shape[1], value.shape[1]))
+    def kernel(query, key, value, query_offsets, offsets, most_queries, most_keys, *, scale):
+        seen.append((query.shape[2], key.shape[2], value.shape[2]))
         assert len(set(seen[-1])) == 1
-        return varlen.segment_attention(rows, key, value, *rest)
+        assert query_offsets.dtype == offsets.dtype == torch.int32
+        outs = []
+        for first, end, start, stop in zip(query_offsets, query_offsets[1:], offsets, offsets[1:], strict=False):
+            assert end - first <= most_queries
+            assert stop - start <= most_keys
+            weights = (query[first:end, 0] @ key[start:stop, 0].T * scale).softmax(-1)
+            outs.append((weights @ value[start:stop, 0])[:, None])
+        return torch.cat(outs)
 
-    monkeypatch.setattr(varlen, "flash_attn_attention", attention)
+    package = ModuleType("flash_attn")
+    package.flash_attn_varlen_func = lambda *tensors, softmax_scale: kernel(*tensors, scale=softmax_scale)
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     return seen
 
 
+@pytest.mark.parametrize("backend", ["flash_attn", "torch"])
 @pytest.mark.parametrize("row_chunk", [0, 64])
 @pytest.mark.parametrize("dims", DIMS, ids=str)
 @pytest.mark.parametrize(("batch", "queries", "groups", "heads", "context"), SHAPES[:3])
-def test_widening_to_equal_head_dims_changes_no_output_and_no_gradient(
-    batch, queries, groups, heads, context, dims, row_chunk, equal_head_dims_only
+def test_a_kernel_is_given_a_sequence_per_row_and_equal_head_dims_which_change_no_output_and_no_gradient(
+    batch, queries, groups, heads, context, dims, row_chunk, backend, stand_ins
 ):
     selection = ragged(batch, queries, groups, context)
     leaves = [t.double().requires_grad_() for t in tensors(selection, context, heads, *dims)]
-    backends = ("segment", "flash_attn")
+    backends = ("segment", backend)
     outs = [varlen.run(*leaves, selection, scale=0.2, backend=name, row_chunk=row_chunk) for name in backends]
-    assert set(equal_head_dims_only) == {(max(dims),) * 3}
+    assert set(stand_ins) == {(max(dims),) * 3}
     assert outs[0].shape == outs[1].shape
     weight = torch.linspace(-1, 1, outs[0].numel(), dtype=torch.float64).view_as(outs[0])
     want, found = (torch.autograd.grad((out * weight).sum(), leaves) for out in outs)
@@ -104,7 +118,7 @@ def test_widening_to_equal_head_dims_changes_no_output_and_no_gradient(
 
 
 @pytest.mark.parametrize("dims", DIMS, ids=str)
-def test_widened_keys_lie_in_the_workspace_and_read_nothing_that_stood_there(dims, equal_head_dims_only):
+def test_widened_keys_lie_in_the_workspace_and_read_nothing_that_stood_there(dims, stand_ins):
     selection, workspace = ragged(2, 33, 2, 200), Workspace()
     query, key, value = tensors(selection, 200, 4, *dims)
     truth, allowed = bound(selection, query, key, value, 0.2, torch.float32)

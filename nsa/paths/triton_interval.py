@@ -1,4 +1,5 @@
-"""Path ``triton_window``: the window, by the Triton kernels for intervals of keys."""
+"""Paths ``triton_window`` and ``triton_compressed``: an interval of keys per row, the window or the compressed tokens
+under their staircase, by the same Triton kernels."""
 
 from __future__ import annotations
 
@@ -8,23 +9,23 @@ import torch
 from torch import Tensor
 
 from ..kernels import interval_support as support
-from ..problem import SelectionProblem
+from ..problem import Operation, SelectionProblem
 from ..selection import Selection
 from ..trace import ParameterValue, executed
 from ..workspace import Workspace
 from .base import Evidence, Parameter, Parameters
 
-NAME = "triton_window"
+NAMES: dict[Operation, str] = {"window": "triton_window", "compression": "triton_compressed"}
 
 
 def tunables(problem: SelectionProblem, device: torch.device) -> tuple[Parameter, ...]:
     """Tiles and launch of the forward; in mode train the backward's too."""
-    return tuple(Parameter(**ladder) for ladder in support.ladders(NAME, problem, device))
+    return tuple(Parameter(**ladder) for ladder in support.ladders(NAMES[problem.operation], problem, device))
 
 
 def unsupported(problem: SelectionProblem, device: torch.device, parameters: Parameters) -> str | None:
     """Up to 64 heads a group, head dims up to 256, a GPU from compute capability 8.0 on or Triton's interpreter."""
-    return support.reason(NAME, problem, device, dict(parameters))
+    return support.reason(NAMES[problem.operation], problem, device, dict(parameters))
 
 
 def evidence(
@@ -51,16 +52,19 @@ def run(
     registers: ParameterValue = 0,
     **backward: ParameterValue,
 ) -> Tensor:
-    """Window attention shapes as in ``nsa.problem``."""
+    """Attention of the selection's operation. Shapes as in ``nsa.problem``, N keys for T where it is compression."""
     from ..kernels.interval import Interval  # Triton, loaded when first run
     from ..kernels.interval_gradient import attention
 
-    given = selection.structured("window")
-    interval = Interval(width=given.window, first_position=given.first_position)
+    operation = selection.operation
+    given = selection.structured(operation)
+    interval = Interval(given.kernel_size or 1, given.kernel_stride or 1, given.window, given.first_position)
     forward = {
         **{"tokens": tokens, "keys": keys, "warps": warps, "stages": stages},
         **{"loads": loads, "registers": registers},
     }
-    out, _ = attention(query, key, value, interval, scale, forward, backward)
-    executed("window", NAME, {**forward, **backward})
+    out, logsum = attention(query, key, value, interval, scale, forward, backward)
+    if selection.sums is not None:
+        selection.sums.tensor = logsum
+    executed(operation, NAMES[operation], {**forward, **backward})
     return out
