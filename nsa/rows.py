@@ -143,7 +143,7 @@ def gather(
         role, index.numel(), max(held, width), dtype=view.dtype, device=view.device, reserve_rows=reserve_rows
     )
     if width > held:
-        out[:, held:] = 0
+        out[:, held:].zero_()  # an assignment would ask a number for its value
         torch.index_select(view, 0, index, out=out[:, :held])
     else:
         torch.index_select(view, 0, index, out=out)

@@ -268,8 +268,8 @@ def test_the_packages_stand_on_the_ladder_of_a_gpu_alone_and_are_nobodys_default
 
 @pytest.mark.parametrize("prefix", causal_prefix.PACKAGES)
 def test_a_package_is_called_as_its_interface_is(monkeypatch, prefix):
-    def attention(q, k, v, *, softmax_scale, causal):
-        assert causal
+    def attention(q, k, v, *, softmax_scale, causal, window_size=(-1, -1)):
+        assert (causal, window_size) == (True, (-1, -1))
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
         plain = torch.nn.functional.scaled_dot_product_attention
         out = plain(q, k, v, is_causal=True, scale=softmax_scale, enable_gqa=True).transpose(1, 2)

@@ -166,15 +166,16 @@ def test_varlen_parity_on_the_gpu(batch, queries, groups, heads, context, dims, 
     made = ragged(batch, queries, groups, context)
     selection = Selection.from_blocks(made.indices.cuda(), block_size=16, context_length=context)
     query, key, value = (t.detach().cuda().requires_grad_() for t in tensors(made, context, heads, *dims, dtype))
-    truth, allowed = bound(selection, query, key, value, 32**-0.5, dtype)
+    scale = dims[0] ** -0.5
+    truth, allowed = bound(selection, query, key, value, scale, dtype)
     out = nsa.selection_attention(query, key, value, selection, path="varlen", parameters={"backend": backend})
     assert (out.double() - truth).abs().max() <= allowed
     weight = torch.linspace(-1, 1, out.shape[-1], device="cuda", dtype=dtype)
     found = torch.autograd.grad((out * weight).sum(), (query, key, value))
     leaves = [t.detach().double().requires_grad_() for t in (query, key, value)]
-    want = torch.autograd.grad((reference.run(*leaves, selection, scale=32**-0.5) * weight.double()).sum(), leaves)
+    want = torch.autograd.grad((reference.run(*leaves, selection, scale=scale) * weight.double()).sum(), leaves)
     working = [t.detach().requires_grad_() for t in (query, key, value)]
-    eager = reference.run(*working, selection, scale=32**-0.5, compute_dtype=str(dtype)[6:])
+    eager = reference.run(*working, selection, scale=scale, compute_dtype=str(dtype)[6:])
     usual = torch.autograd.grad((eager * weight).sum(), working)
     for have, true, common in zip(found, want, usual, strict=True):
         floor = 4 * torch.finfo(dtype).eps * float(true.abs().max())
