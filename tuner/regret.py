@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
+from nsa.device import software_identity
 from nsa.dispatch_table import DispatchTable, Status
 from nsa.paths import Candidate
 from nsa.problem import SelectionProblem
@@ -42,8 +43,10 @@ class Regret(msgspec.Struct, frozen=True, kw_only=True):
 def regrets(table: DispatchTable, records: Iterable[Record], *, hold_out: bool = False) -> list[Regret]:
     """What the table's answer to each problem of a run gives away, problems in order of measurement.
 
-    hold_out: each problem is asked of the table without its own entry.
+    hold_out: each problem is asked of the table without its own entry. The answers are those that it gives where it
+    was measured: another torch or Triton here makes none stale.
     """
+    table = DispatchTable(device=table.device, software=software_identity(), entries=table.entries)
     found = []
     for group in by_problem(record for record in records if record.path != LAYER).values():
         problem = msgspec.convert(group[0].problem, SelectionProblem)

@@ -41,6 +41,14 @@ def test_the_fastest_has_none_and_another_answer_has_what_it_is_slower() -> None
     assert (other.stage, other.rounds, other.status) == ("shootout", 60, "exact")
 
 
+def test_software_of_another_version_here_makes_no_answer_stale() -> None:
+    table = table_of(measured(64))
+    then = msgspec.structs.replace(table.software, torch="1.0.0")
+    older = DispatchTable(device=table.device, software=then, entries=table.entries)
+    assert older.lookup(problem(64)).status == "stale"
+    assert [one.status for one in regrets(older, measured(64))] == ["exact"]
+
+
 def test_an_answer_that_missed_the_shoot_out_is_read_in_the_screening() -> None:
     table = table_of(measured(32))
     screened = measured(32, {"gather": 100.0, "dense": 60.0, "packed": 50.0}, stage="screen")
