@@ -124,8 +124,9 @@ def check_growth(call: Call, inputs: Inputs, new_workspace: Callable[[], Workspa
     workspace = new_workspace()
     half = inputs.at(max(1, inputs.key.shape[2] // 2))
     call(inputs, workspace)
+    call(half, workspace)  # may need what the whole call did not: a copy of queries that are no longer contiguous
     grown = workspace.growths
-    for case in (half, inputs, half, inputs):
+    for case in (inputs, half, inputs):
         call(case, workspace)
     if workspace.growths > grown:
         raise WrongResult(

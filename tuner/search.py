@@ -109,13 +109,17 @@ class Search:
         self.folder.finish()
 
     def _folder(self, identity: Any, software: Any, clocks: Any, timer: dict[str, Value]) -> tuple[RunFolder, str]:
-        """The unfinished run of the same sweep, commit, effort and software on this device, or a new one."""
+        """The unfinished run of the same sweep, commit, effort and software on this device, or a new one.
+
+        A budget says how long to go on, not what is measured: a run goes on under another one.
+        """
         root = self.out / "records" / identity.slug / self.sweep.name
         resolved = {**msgspec.to_builtins(self.sweep), "effort": self.effort.name, "registry": self.registry}
         wanted = msgspec.json.decode(msgspec.json.encode((resolved, self.commit, software)))
         for folder in reversed(list(run_folders(root))):
             before = folder.environment()
-            same = [before.sweep, before.commit, before.software] == wanted
+            asked = {**before.sweep, "budget_s": self.sweep.budget_s}
+            same = [asked, before.commit, before.software] == wanted
             if same and not folder.complete and folder.hold():
                 return folder, folder.repair()
         now = datetime.now(UTC)

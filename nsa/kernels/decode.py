@@ -309,14 +309,26 @@ def scratch(rows: int, elements: int, like: Tensor) -> tuple[Tensor, Tensor]:
         return torch.empty(elements, dtype=torch.float32, device=device), _captured_counters(rows, device)
     key = (device.index, torch._C._cuda_getCurrentRawStream(device.index))
     held = _eager.get(key)
-    if held is None or held[0].numel() < elements or held[1].numel() < rows:
-        if device.index not in _pools:
-            _pools[device.index] = [torch.zeros(POOL, dtype=torch.int32, device=device)]
-        part = torch.empty(elements, dtype=torch.float32, device=device)
-        held = part, torch.zeros(max(rows, 1024), dtype=torch.int32, device=device)
-        if part.nbytes <= KEPT_BYTES:
-            _eager[key] = held
-    return held
+    if held is not None and held[0].numel() >= elements and held[1].numel() >= rows:
+        return held
+    if device.index not in _pools:
+        _pools[device.index] = [torch.zeros(POOL, dtype=torch.int32, device=device)]
+    used, _eager[key] = grown(held, rows, elements, device)
+    return used
+
+
+def grown(
+    held: tuple[Tensor, Tensor] | None, rows: int, elements: int, device: torch.device
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Partial rows and counters of one call, and those that its stream keeps: counters always, so that only the first
+    call of so many rows zeroes them, and partial rows up to KEPT_BYTES."""
+    part, counters = held or (torch.empty(0, device=device), torch.empty(0, dtype=torch.int32, device=device))
+    if counters.numel() < rows:
+        counters = torch.zeros(max(rows, 1024), dtype=torch.int32, device=device)
+    needed = part
+    if part.numel() < elements:
+        needed = torch.empty(elements, dtype=torch.float32, device=device)
+    return (needed, counters), (needed if needed.nbytes <= KEPT_BYTES else part, counters)
 
 
 def _captured_counters(rows: int, device: torch.device) -> Tensor:

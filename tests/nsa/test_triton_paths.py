@@ -314,6 +314,22 @@ def test_offsets_beyond_32_bits_are_followed(path: str, parameters: dict[str, An
         assert torch.equal(one, two)
 
 
+def test_a_stream_keeps_its_counters_however_large_the_partial_rows_are() -> None:
+    large = decode.KEPT_BYTES // 4 + 1
+    (part, counters), held = decode.grown(None, 2000, large, DEVICE)
+    assert (part.numel(), counters.numel(), counters.any()) == (large, 2000, False)
+    assert held[1] is counters
+    assert held[0].numel() == 0
+    counters[0] = 7  # whatever a launch left: nobody zeroes them again
+    for elements, kept in ((large, 0), (40, 40), (30, 40)):
+        (part, again), held = decode.grown(held, 10, elements, DEVICE)
+        assert again is counters
+        assert held[1] is counters
+        assert part.numel() >= elements
+        assert held[0].numel() == kept
+    assert counters[0] == 7
+
+
 def test_decode_leaves_its_counters_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     held = torch.zeros(64, dtype=torch.int32, device=DEVICE)
     parts = torch.empty(2**16, device=DEVICE)

@@ -103,10 +103,15 @@ class Swept(msgspec.Struct):
     exit_code: int = 0
 
 
-def search(file: Path, out: Path, ear: Listener | None = None, **changes: Any) -> Search:
+def search(
+    file: Path, out: Path, ear: Listener | None = None, budget_s: float | None = None, **changes: Any
+) -> Search:
     """A search over the real paths unless told, with a short self-test: on busy cores the whole one takes 20 s."""
     options = {"device": "cpu", "commit": "abc", "effort": QUICK, "paths": PATHS, **changes}
-    found = Search(read_sweep(str(file)), out=out, listener=ear, **options)
+    sweep = read_sweep(str(file))
+    if budget_s:
+        sweep = msgspec.structs.replace(sweep, budget_s=budget_s)
+    found = Search(sweep, out=out, listener=ear, **options)
     ask = found.session.ask
     found.session.ask = lambda verb, argument=None: ask(verb, 3 if verb == "self_test" else argument)  # type: ignore[method-assign]
     return found
@@ -114,7 +119,7 @@ def search(file: Path, out: Path, ear: Listener | None = None, **changes: Any) -
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory: pytest.TempPathFactory) -> Swept:
-    """A sweep killed after its first shoot-out record, with a line half written, and run again."""
+    """A sweep killed after its first shoot-out record, with a line half written, and run again for a second longer."""
     place = tmp_path_factory.mktemp("resumed")
     file, out = written(place, LISTED), place / "out"
     command = [sys.executable, "-c", RUN_UNTIL_KILLED, str(file), str(out)]
@@ -123,7 +128,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Swept:
     before = trials.read_bytes()
     trials.write_bytes(before + b'{"run_id":"2026')
     ear = Ear()
-    folder = search(file, out, ear).run()
+    folder = search(file, out, ear, budget_s=5.0).run()
     records, word = folder.records()
     assert word == ""
     return Swept(folder, records, ear, before, trials.parent.name, killed.returncode)
@@ -148,7 +153,7 @@ def seen(records: list[Record], stage: str) -> set[tuple[Any, str]]:
 # A kill
 
 
-def test_a_killed_sweep_goes_on_in_the_same_run_and_keeps_every_line(resumed: Swept) -> None:
+def test_a_killed_sweep_goes_on_in_the_same_run_under_any_budget_and_keeps_every_line(resumed: Swept) -> None:
     assert resumed.exit_code == -9
     assert resumed.before.endswith(b"\n")
     assert resumed.folder.path.name == resumed.killed
