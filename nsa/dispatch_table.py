@@ -19,7 +19,7 @@ from .device import DeviceIdentity, SoftwareIdentity, device_identity, software_
 from .errors import DispatchTableError
 from .flags import read_flags
 from .paths import PATHS, Candidate
-from .problem import Mode, Operation, SelectionProblem
+from .problem import Mode, Operation, Overlap, SelectionProblem
 from .trace import ParameterValue
 
 VERSION = 2
@@ -191,6 +191,22 @@ class DispatchTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         return choice
 
     def _resolve(self, problem: SelectionProblem) -> Choice:
+        """Entries for problems alike in ``overlap`` answer; where there are none at all, those of the other one do.
+
+        It says whether neighbouring rows agree, which changes what is fastest and never what is right. So such an
+        answer is ``extrapolated``, but for one query, which has no neighbours.
+        """
+        choice = self._resolve_hinted(problem)
+        if choice.entry:
+            return choice
+        overlap: Overlap = "high" if problem.overlap == "low" else "low"
+        other = self._resolve_hinted(msgspec.structs.replace(problem, overlap=overlap))
+        if problem.S == 1 or not other.entry:
+            return other if other.entry else choice
+        why = f"{other.reason} with {overlap} overlap, none with {problem.overlap}"
+        return msgspec.structs.replace(other, status="extrapolated", reason=why)
+
+    def _resolve_hinted(self, problem: SelectionProblem) -> Choice:
         """Entries for problems alike in ``complete`` answer; where none does, or only from afar, the others'.
 
         Those were measured on calls of the same sizes, and the hint changes no kernel: it only lets some paths run. So

@@ -155,13 +155,26 @@ def test_beyond_the_measured_contexts_the_nearest_one_is_taken_as_extrapolated(c
     assert "[32, 96]" in choice.reason
 
 
-@pytest.mark.parametrize(
-    "change", [{"dtype": "bfloat16"}, {"h": 1}, {"topk": 3}, {"overlap": "low"}, {"cache": "cold"}]
-)
+@pytest.mark.parametrize("change", [{"dtype": "bfloat16"}, {"h": 1}, {"topk": 3}, {"cache": "cold"}])
 def test_another_kind_of_problem_gets_the_default(change):
     choice = table(entry(problem(), "packed")).lookup(problem(**change))
     assert (choice.path, choice.status) == ("gather", "default")
     assert "no measurement" in choice.reason
+
+
+@pytest.mark.parametrize("measured", ["low", "high"])
+def test_rows_of_another_overlap_are_answered_from_afar_but_one_query_has_no_neighbours(measured):
+    asked = "high" if measured == "low" else "low"
+    step = table(entry(problem(overlap=measured), "packed")).lookup(problem(overlap=asked))
+    assert (step.path, step.status) == ("packed", "exact")
+    whole = problem(mode="prefill", S=32, overlap=measured)
+    found = table(entry(whole, "packed"))
+    assert found.lookup(whole).status == "exact"
+    other = found.lookup(msgspec.structs.replace(whole, overlap=asked))
+    assert (other.path, other.status) == ("packed", "extrapolated")
+    assert f"with {measured} overlap, none with {asked}" in other.reason
+    both = table(entry(whole, "packed"), entry(msgspec.structs.replace(whole, overlap=asked), "varlen"))
+    assert [both.lookup(one.problem()).path for one in both.entries] == ["packed", "varlen"]
 
 
 @pytest.mark.parametrize("mode", ["prefill", "train"])

@@ -103,9 +103,7 @@ class Swept(msgspec.Struct):
     exit_code: int = 0
 
 
-def search(
-    file: Path, out: Path, ear: Listener | None = None, budget_s: float | None = None, **changes: Any
-) -> Search:
+def search(file: Path, out: Path, ear: Listener | None = None, budget_s: float | None = None, **changes: Any) -> Search:
     """A search over the real paths unless told, with a short self-test: on busy cores the whole one takes 20 s."""
     options = {"device": "cpu", "commit": "abc", "effort": QUICK, "paths": PATHS, **changes}
     sweep = read_sweep(str(file))
