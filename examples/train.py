@@ -151,7 +151,7 @@ def setup_of(name: str, preset: Preset, model: nn.Module, flags: Flags, *, compi
         parameters=sum(weight.numel() for weight in model.parameters()), sequence=preset.sequence, steps=preset.steps,
         dtype="bfloat16 autocast" if preset.autocast else "float32",
         text="synthetic, bytes that count up" if preset.synthetic else "Python's pydoc_data.topics, bytes",
-        compiled=compiled, requested=requested_by(flags), flags=flags.given, overridden=flags.overridden,
+        compiled=compiled, requested=requested_by(flags), flags=flags.recorded, overridden=flags.overridden,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
 import msgspec
@@ -65,6 +66,11 @@ class Flags(msgspec.Struct, frozen=True, kw_only=True):
     dispatch_table: str | None = None
     overridden: tuple[str, ...] = ()
     given: dict[str, str] = {}
+
+    @property
+    def recorded(self) -> dict[str, str]:
+        """``given``, with a table's file by its name: the folder is of one machine and does not belong in a record."""
+        return {name: Path(text).name if name == "NSA_DISPATCH_TABLE" else text for name, text in self.given.items()}
 
     def adjust(self, path: str, parameters: Mapping[str, ParameterValue]) -> dict[str, ParameterValue]:
         """The parameters of a path as the flags want them: with reserves, and without FlashAttention if disallowed."""

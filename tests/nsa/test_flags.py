@@ -356,3 +356,9 @@ def layer_with(table: type[DispatchTable]) -> NSAAttention:
     torch.manual_seed(0)
     made = table(device=device_identity("cpu"), software=software_identity())
     return NSAAttention(CONFIG, workspace=Workspace(), dispatch_table=made)
+
+
+def test_a_record_names_a_tables_file_without_its_folder():
+    flags = read_flags({"NSA_DISPATCH_TABLE": "/somewhere/else/table.json", "NSA_USE_FA2": "0"})
+    assert flags.dispatch_table == "/somewhere/else/table.json"
+    assert flags.recorded == {"NSA_DISPATCH_TABLE": "table.json", "NSA_USE_FA2": "0"}
