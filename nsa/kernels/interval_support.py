@@ -18,20 +18,21 @@ def ladders(path: str, problem: SelectionProblem, device: torch.device) -> list[
     a thread (0 = as many as the compiler wants); in mode train the same of the backward's two kernels, and the
     ``splits`` of a key tile's queries (0 = enough to fill a GPU)."""
     wide = problem.dtype == "float32"
-    large = max(problem.Dk, problem.Dv) > 128
     heads = padded(problem.h)
     tiles = tuple(size for size in (1, 2, 4, 8, 16, 32, 64) if 16 <= size * heads <= 256) or (1,)
 
     def near(rows: int) -> int:
         return min(tiles, key=lambda size: abs(size * heads - rows))
 
+    loads = _loads(path, problem, device)
+    few = loads["default"] == "ring"  # ptxas does not fit the others' tile into 128 registers
     forward: list[Ladder] = [
         {"name": "tokens", "ladder": tiles, "default": near(32 if wide else 128)},
         {"name": "keys", "ladder": (32, 64, 128), "default": 32 if wide else 64},
         {"name": "warps", "ladder": (4, 8), "default": 4 if wide else 8},
         {"name": "stages", "ladder": (1, 2, 3), "default": 1 if wide else 2},
-        _loads(path, problem, device),
-        {"name": "registers", "ladder": (0, 128), "default": 0 if wide or large else 128},
+        loads,
+        {"name": "registers", "ladder": (0, 128), "default": 128 if few else 0},
     ]
     if problem.mode != "train":
         return forward
@@ -92,6 +93,8 @@ def reason(
             return f"{path} with loads='ring' needs 16 rows a warp and 2 stages, got {rows} rows and {values}"
     elif why := loads_reason(path, str(values["loads"]), problem, device):
         return why
+    elif device.type == "cuda" and values["loads"] == "descriptor" and values["registers"]:
+        return f"{path} with loads='descriptor' does not compile for {values['registers']} registers"
     return _shared_reason(path, problem, values)
 
 

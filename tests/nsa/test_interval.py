@@ -227,6 +227,23 @@ def test_the_kernel_for_capability_nine_is_the_oracle(operation, sizes, register
 
 
 @both
+def test_on_a_gpu_no_kernel_but_the_ring_is_held_to_128_registers(operation: str, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(interval_support, "device_reason", lambda path, device: None)
+    own = {"window": 512} if operation == "window" else {"kernel_size": 32, "kernel_stride": 16}
+    fields = {"B": 1, "S": 4096, "T": 4096, "G": 4, "h": 16, "dtype": "bfloat16", "mode": "prefill",
+              "operation": operation, "form": "ranges", "block_size": 0, "topk": 1, **own}  # fmt: skip
+    for width, loads, registers in ((128, "ring", 128), (96, "descriptor", 0)):
+        posed, device = SelectionProblem(**fields, Dk=width, Dv=width), torch.device("cuda")
+        defaults = {item["name"]: item["default"] for item in interval_support.ladders("it", posed, device)}
+        assert (defaults["loads"], defaults["registers"]) == (loads, registers)
+        assert interval_support.reason("it", posed, device, {}) is None
+        reason = interval_support.reason("it", posed, device, {"loads": "descriptor", "registers": 128})
+        assert reason == "it with loads='descriptor' does not compile for 128 registers"
+
+
+@both
 def test_what_cannot_run_is_said_before_and_defaults_stand_on_their_ladders(operation: str) -> None:
     path = PATHS["triton_window" if operation == "window" else "triton_compressed"]
     own = {"window": 9} if operation == "window" else {"kernel_size": KERNEL, "kernel_stride": STRIDE}
