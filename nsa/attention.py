@@ -17,7 +17,7 @@ from .cache import BRANCHES, Branch, NSACache
 from .compression import MeanCompressor, MLPCompressor, compressed_attention
 from .config import NSAConfig
 from .decode import Route, decode_route, fused_decode
-from .dispatch import selection_attention
+from .dispatch import active_dispatch_table, selection_attention
 from .dispatch_table import DispatchTable, load_dispatch_table
 from .errors import ArgumentError
 from .flags import Flags, read_flags
@@ -208,7 +208,7 @@ class NSAAttention(nn.Module):
 
         The window comes first: it waits for no other branch, and while it runs the host prepares the others' launches.
         """
-        config, table = self.config, self.dispatch_table
+        config, table = self.config, self._table(query.device.type)
         outs: dict[Branch, Tensor] = {}
         workspace = shared_workspace(query.device) if self.workspace is None else self.workspace
         sums = LogSums()
@@ -242,6 +242,9 @@ class NSAAttention(nn.Module):
             return outs[branch].flatten(2)
         compression, selection, window = (outs[name] for name in BRANCHES)
         return mix_branches(gates, compression, selection, window).flatten(2)
+
+    def _table(self, kind: str) -> DispatchTable:
+        return (self.dispatch_table or active_dispatch_table(kind)).of_layer()
 
     def _check(self, x: Tensor) -> None:
         if x.dim() != 3 or x.shape[2] != self.dim or min(x.shape) < 1:
@@ -284,5 +287,5 @@ class NSAAttention(nn.Module):
             parameters=flags.adjust(flags.path, {}) if flags.path else None,
             overrides={path: parameters for path, parameters in reservable.items() if parameters},
             workspace=workspace,
-            table=self.dispatch_table,
+            table=self._table(query.device.type),
         )

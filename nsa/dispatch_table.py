@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import msgspec
 import torch
@@ -136,6 +136,10 @@ class DispatchEntry(SelectionProblem, frozen=True, kw_only=True, forbid_unknown_
         return SelectionProblem(**{name: getattr(self, name) for name in SelectionProblem.__struct_fields__})
 
 
+Families = dict[Any, dict[int, dict[int, tuple[int, DispatchEntry]]]]
+"""Family -> batch -> context -> number and entry."""
+
+
 def path_tunables(path: str, problem: SelectionProblem, kind: str) -> tuple[Any, ...]:
     """The Parameters of a path for a problem on a kind of device."""
     return PATHS[path].tunables(problem, torch.device(kind))
@@ -158,13 +162,30 @@ class DispatchTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         state["choices"] = {}
         state["plans"] = {}
         state["stale"] = self.software.stale_against(software_identity()) if self.entries else ""
-        families: dict[Any, dict[int, dict[int, tuple[int, DispatchEntry]]]] = {}
-        state["families"] = families
-        for number, entry in enumerate(self.entries):
-            contexts = families.setdefault(_family(entry), {}).setdefault(entry.B, {})
-            if entry.T in contexts:
-                raise DispatchTableError(f"entries {contexts[entry.T][0]} and {number} are for the same problem")
-            contexts[entry.T] = (number, entry)
+        state["families"] = self._families("branch")
+
+    def _families(self, level: Level) -> Families:
+        """Entries by family, batch and context; of two for one problem that of ``level``."""
+        families: Families = {}
+        seen: dict[Any, int] = {}
+        for number, entry in sorted(enumerate(self.entries), key=lambda item: item[1].level != level):
+            family = _family(entry)
+            before = seen.setdefault((family, entry.B, entry.T, entry.level), number)
+            if before != number:
+                raise DispatchTableError(f"entries {before} and {number} are for the same problem")
+            families.setdefault(family, {}).setdefault(entry.B, {}).setdefault(entry.T, (number, entry))
+        return families
+
+    def of_layer(self) -> DispatchTable:
+        """The table as ``NSAAttention`` asks it: where the whole layer was timed too, what was fastest in it."""
+        state = self.__dict__
+        if "inside" not in state:
+            state["inside"] = self
+            if any(entry.level == "layer" for entry in self.entries):
+                found = DispatchTable(device=self.device, software=self.software, entries=self.entries)
+                found.__dict__.update(tier=state["tier"], families=self._families("layer"), inside=found)
+                state["inside"] = found
+        return cast(DispatchTable, state["inside"])
 
     @staticmethod
     def decode(data: bytes) -> DispatchTable:

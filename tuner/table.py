@@ -166,11 +166,12 @@ def write_table(path: Path, folder: RunFolder, *, keep: bool) -> tuple[DispatchT
 def kept_entries(
     path: Path, device: DeviceIdentity, software: SoftwareIdentity, fresh: list[DispatchEntry]
 ) -> tuple[list[DispatchEntry], str]:
-    """Entries of an existing table for problems that were not measured now, and a word on what was left out."""
+    """Entries of an existing table for problems that were not measured now at their level, and a word on what was left
+    out."""
     old = read_dispatch_table(path)
     if old.device.slug != device.slug:
         raise DispatchTableError(f"{path} is for {old.device.slug}, this run was made on {device.slug}")
     if stale := old.software.stale_against(software):
         return [], f"left out {len(old.entries)} entries of {path}: {stale}; sweep them again"
-    measured = {entry.problem() for entry in fresh}
-    return [entry for entry in old.entries if entry.problem() not in measured], ""
+    measured = {(entry.problem(), entry.level) for entry in fresh}
+    return [entry for entry in old.entries if (entry.problem(), entry.level) not in measured], ""

@@ -10,13 +10,16 @@ import torch
 
 from nsa import NSAAttention, NSAConfig
 from nsa.device import device_identity, software_identity
+from nsa.dispatch import selection_attention
 from nsa.dispatch_table import DispatchTable, read_dispatch_table
-from nsa.errors import UnsupportedPathError
+from nsa.errors import DispatchTableError, UnsupportedPathError
 from nsa.flags import Flags
 from nsa.paths import PATHS, Candidate, dense
 from nsa.problem import Mode, SelectionProblem
+from nsa.trace import record_paths
 from tests.nsa.reference_layer import cast, reference_layer
 from tuner.attest import FellBack
+from tuner.inputs import make_inputs
 from tuner.layer import LAYER, OPERATIONS, LayerSizes, choices_of, combined
 from tuner.layer_bench import LayerBench, LayerTrial
 from tuner.layer_oracle import BRANCHES, chosen_blocks, decided, layer_rows, weights_of
@@ -25,7 +28,7 @@ from tuner.oracle import WrongResult
 from tuner.record import Record, RunFolder, Sample
 from tuner.space import EFFORTS
 from tuner.sweep import SweepError, read_sweep
-from tuner.table import entries_of, write_table
+from tuner.table import entries_of, kept_entries, write_table
 
 CPU = torch.device("cpu")
 SIZES = LayerSizes(window=20, kernel_size=8, kernel_stride=4)
@@ -246,11 +249,49 @@ def test_where_the_branches_choices_stay_there_is_no_entry() -> None:
     assert entries_of(records(combination("packed"), combination("dense"), gain=2.0)) == []
 
 
-def test_an_entry_of_the_layer_takes_the_branchs_place_and_is_looked_up(tmp_path: Path) -> None:
-    made = entries_of(records(combination("packed"), combination("dense")))
-    table = DispatchTable(device=device_identity("cpu"), software=software_identity(), entries=tuple(made))
-    choice = DispatchTable.decode(table.encode()).lookup(problem())
-    assert (choice.path, choice.status) == ("packed", "exact")
+def test_an_entry_of_the_layer_stands_beside_the_branchs_and_answers_the_layer(tmp_path: Path) -> None:
+    (made,) = entries_of(records(combination("packed"), combination("dense")))
+    branch = msgspec.structs.replace(made, level="branch", path="gather", parameters={}, default=None)
+    for entries in ((branch, made), (made, branch)):
+        table = DispatchTable(device=device_identity("cpu"), software=software_identity(), entries=entries)
+        table = DispatchTable.decode(table.encode())
+        assert (table.lookup(problem()).path, table.lookup(problem()).status) == ("gather", "exact")
+        inside = table.of_layer().lookup(problem())
+        assert (inside.path, inside.status) == ("packed", "exact")
+        assert inside.entry.endswith(f"#{entries.index(made)}")
+        assert table.of_layer() is table.of_layer() is table.of_layer().of_layer()
+        with pytest.raises(DispatchTableError, match="same problem"):
+            DispatchTable(device=table.device, software=table.software, entries=(*entries, made))
+    alone = DispatchTable(device=table.device, software=table.software, entries=(branch,))
+    assert alone.of_layer() is alone
+
+
+def test_a_layer_takes_the_layers_pick_and_a_call_of_the_branch_the_branchs() -> None:
+    (made,) = entries_of(records(combination("packed"), combination("dense")))
+    branch = msgspec.structs.replace(made, level="branch", path="gather", parameters={}, default=None)
+    table = DispatchTable(device=device_identity("cpu"), software=software_identity(), entries=(branch, made))
+    config = NSAConfig(
+        dim=16, num_heads=4, num_kv_heads=2, head_dim=8, kernel_size=8, kernel_stride=4, block_size=8, topk=4,
+        window_size=20,
+    )  # fmt: skip
+    case = make_inputs(problem(), "random", 0, CPU)
+    with torch.no_grad(), record_paths() as seen:
+        NSAAttention(config, dispatch_table=table, flags=Flags())(torch.randn(1, 48, 16))
+        selection_attention(case.query, case.key, case.value, case.selection, table=table)
+    taken = [executed.path for executed in seen.executed if executed.operation == "selection"]
+    assert taken == ["packed", "gather"]
+
+
+def test_writing_the_layers_picks_leaves_the_branchs(tmp_path: Path) -> None:
+    (made,) = entries_of(records(combination("packed"), combination("dense")))
+    branch = msgspec.structs.replace(made, level="branch", path="gather", parameters={}, default=None)
+    file = tmp_path / "table.json"
+    file.write_bytes(
+        DispatchTable(device=device_identity("cpu"), software=software_identity(), entries=(branch,)).encode()
+    )
+    kept, word = kept_entries(file, device_identity("cpu"), software_identity(), [made])
+    assert (kept, word) == ([branch], "")
+    assert kept_entries(file, device_identity("cpu"), software_identity(), [branch])[0] == []
 
 
 # The search
