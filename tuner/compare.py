@@ -8,7 +8,6 @@ before the next thing is measured. It decides by ``tuner.evidence`` when to stop
 from __future__ import annotations
 
 import random
-import secrets
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -36,7 +35,7 @@ from tuner.evidence import Evidence
 from tuner.hiring import TIMEOUT_S, Asks, Hire, facts_in, hire_for, identify, must_import
 from tuner.judge import CompareResult, judge
 from tuner.pairing import Answer, PairTrial, Rounds
-from tuner.record import Environment
+from tuner.record import Environment, new_run_id
 from tuner.trees import Tree, TreeError
 from tuner.worker import CandidateFailed, WorkerDied
 
@@ -96,7 +95,7 @@ class Comparing:
         if found is not None:
             return found, identity.slug
         now = datetime.now(UTC)
-        run_id = f"{now:%Y%m%dT%H%M%S}-{self.question.head.digest[:7]}-{secrets.token_hex(3)}"
+        run_id = new_run_id(now, self.question.head.digest)
         environment = Environment(
             run_id=run_id, commit=self.tool_commit, date=now.isoformat(timespec="seconds"), tool="nsa-tune compare",
             device=msgspec.to_builtins(identity), software=msgspec.to_builtins(software), clocks=clocks, timer={},

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 import tempfile
 from collections.abc import Iterable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +24,11 @@ Value = int | float | str | bool
 
 class RecordError(ValueError):
     """A file of a run that cannot be read. Names the file and the line."""
+
+
+def new_run_id(now: datetime, commit: str) -> str:
+    """``20261123T040302-61e9152-5c0f3a``: when and of which commit, and no other run's, on whatever machine."""
+    return f"{now:%Y%m%dT%H%M%S}-{commit[:7]}-{secrets.token_hex(3)}"
 
 
 class Sample(msgspec.Struct, frozen=True, array_like=True):

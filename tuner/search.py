@@ -26,7 +26,7 @@ from nsa.paths import Candidate, SelectionPath
 from nsa.problem import SelectionProblem
 from tuner import stats, verdict
 from tuner.ledger import Ledger, Progress
-from tuner.record import Environment, Record, RunFolder, Stage, Value, run_folders
+from tuner.record import Environment, Record, RunFolder, Stage, Value, new_run_id, run_folders
 from tuner.rounds import aligned, by_round, rounds_of
 from tuner.session import Session, next_round
 from tuner.space import Effort, reserve_rungs, space_of
@@ -123,9 +123,7 @@ class Search:
             if same and not folder.complete and folder.hold():
                 return folder, folder.repair()
         now = datetime.now(UTC)
-        stem = f"{now:%Y%m%dT%H%M%S}-{self.commit[:7]}"
-        taken = sum(1 for path in root.parent.glob(f"*/{stem}*") if path.is_dir())
-        run_id = f"{stem}-{taken}" if taken else stem
+        run_id = new_run_id(now, self.commit)
         folder = RunFolder(root / run_id)
         folder.hold()
         environment = Environment(

@@ -40,7 +40,7 @@ def page(table: DispatchTable, records: Path) -> str:
         lines += [f"## {title}", "", *grid(entries, kind=table.device.kind), ""]
     lines += ["## Runs", "", "| run | sweep | commit | device, power limit, SM clock at most |", "|---|---|---|---|"]
     for run_id in dict.fromkeys(entry.run_id for entry in table.entries):
-        found = runs.get(run_id, [])  # two where machines of one kind began in the same second
+        found = runs.get(run_id, [])  # two where, before ids were random, machines began in the same second
         lines += [run_line(folder) for folder in found] or [f"| {run_id} | its records are not here | | |"]
     return "\n".join(lines) + "\n"
 

@@ -30,7 +30,7 @@ from nsa.flags import Flags
 from nsa.trace import ExecutionRecord, record_paths
 from tuner.checkout import current_commit
 from tuner.measure import machine_clocks
-from tuner.record import Environment
+from tuner.record import Environment, new_run_id
 from tuner.training_record import KernelTime, Route, TrainingFolder, TrainingRecord, TrainingSetup
 from tuner.worker import classify
 
@@ -59,7 +59,7 @@ class TrainingLog:
         self.commit = commit or current_commit()
         self.now = datetime.now(UTC)
         identity = device_identity(device.type)
-        self.run_id = f"{self.now:%Y%m%dT%H%M%S}-{self.commit[:7]}"
+        self.run_id = new_run_id(self.now, self.commit)
         self.folder = TrainingFolder(out / "records" / identity.slug / setup.name / self.run_id)
         self.folder.start(
             Environment(

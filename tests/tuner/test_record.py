@@ -2,6 +2,7 @@
 
 import errno
 import os
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,17 @@ import msgspec
 import pytest
 
 from tuner import record as module
-from tuner.record import Environment, Record, RunFolder, Sample, SequenceSample, by_problem, run_folders, write_whole
+from tuner.record import (
+    Environment,
+    Record,
+    RunFolder,
+    Sample,
+    SequenceSample,
+    by_problem,
+    new_run_id,
+    run_folders,
+    write_whole,
+)
 
 
 def record(**changes: Any) -> Record:
@@ -198,3 +209,11 @@ def test_records_are_grouped_by_problem_and_pattern() -> None:
         ["dense"],
         ["dense"],
     ]
+
+
+def test_runs_that_begin_in_the_same_second_have_ids_of_their_own_and_ids_sort_by_time() -> None:
+    now = datetime(2026, 11, 23, 4, 3, 2, tzinfo=UTC)
+    one, two = (new_run_id(now, "61e91521e9") for _ in range(2))
+    assert one != two
+    assert one.startswith("20261123T040302-61e9152-")
+    assert max(one, two) < new_run_id(now.replace(second=3), "61e91521e9")
