@@ -52,7 +52,7 @@ def store_query_part(
     warpgroup's 64 are multiplied transposed. Dimensions are kept apart, so that where a value goes is a thread's own
     place and a constant.
     """
-    if M % 64 == 0 and PADDED % 32 == 0:
+    if M % 64 == 0 and PADDED % 32 == 0 and COLUMN + PADDED <= DK:
         dq = tl.dot(tl.trans(slope), k, input_precision="ieee")
         tiles: tl.constexpr = M // 64
         groups: tl.constexpr = PADDED // 32
@@ -63,7 +63,7 @@ def store_query_part(
         row1 = tl.arange(0, 4)[None, :, None, None, None] * 16
         row2 = (unit // 2 * 64 + unit % 2 * 8)[None, None, :, None, None]
         column = (tl.arange(0, groups) * 32)[:, None] + tl.arange(0, 32)[None, :]
-    elif M % 8 == 0 and PADDED % 64 == 0:
+    elif M % 8 == 0 and PADDED % 64 == 0 and COLUMN + PADDED <= DK:
         dq = tl.dot(tl.trans(k), slope, input_precision="ieee")
         part = dq.reshape(PADDED // 64, 4, 2, 8, M // 8, 4, 2)  # tile, warp, half, column, eight, pair, one
         part = tl.permute(part, (5, 3, 1, 4, 6, 0, 2)).reshape(4, 8, 4, M // 4, PADDED // 32)

@@ -36,7 +36,9 @@ def sum_of_partials(
         here = here[:, None] & real
         part = tl.load(PART_Q + source[:, :, None] + columns[None, None, :], mask=here[:, :, None] & inside, other=0.0)
         total += part.to(tl.float32)
-    return in_order(total, TILE, HP, PADDED, M)
+    if COLUMN + PADDED <= DK:
+        total = in_order(total, TILE, HP, PADDED, M)
+    return total
 
 
 @triton.jit(do_not_specialize=["S", "first_token", "held"])

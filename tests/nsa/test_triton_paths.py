@@ -207,7 +207,10 @@ def test_gradients_end_where_a_rows_limit_does(positions: tuple[int, ...] | None
     assert_gradients(case, case.gradients("triton_token", {"order": "group", "backward_rows": 16}))
 
 
-@pytest.mark.parametrize(("heads", "width", "rows"), [(16, 64, 64), (3, 96, 64), (1, 32, 128), (4, 192, 16)])
+@pytest.mark.parametrize(
+    ("heads", "width", "rows"),
+    [(16, 64, 64), (3, 96, 64), (1, 32, 128), (4, 192, 16), (2, 112, 32), (2, 24, 64), (4, 176, 64)],
+)
 def test_partials_as_the_tensor_core_holds_them_add_up(heads: int, width: int, rows: int, poisoned: None) -> None:
     case = Case(S=21, T=41, G=2, h=heads, Dk=width, Dv=16)
     case.key = case.key * 0.25  # scores as at a usual scale
