@@ -8,6 +8,7 @@ import importlib.util
 import os
 import platform
 import re
+import sys
 from functools import cache
 from importlib import metadata
 from importlib.machinery import PathFinder
@@ -117,14 +118,18 @@ def installed(package: str) -> bool:
 
 def _found(module: str) -> bool:
     """Whether the file of a module is there. Python's own search would import the packages that it lies in."""
-    package, *rest = module.split(".")
+    package, *inside = module.split(".")
+    loaded = sys.modules.get(package)
+    if loaded is not None and loaded.__spec__ is None:
+        return False  # a stand-in that came from no file
     spec = importlib.util.find_spec(package)
-    for name in rest:
-        if spec is None or spec.submodule_search_locations is None:
-            return False
-        package = f"{package}.{name}"
-        spec = PathFinder.find_spec(package, spec.submodule_search_locations)
-    return spec is not None
+    if not inside or spec is None:
+        return spec is not None
+    folders = list(spec.submodule_search_locations or ())
+    for name in inside[:-1]:
+        folders = [os.path.join(folder, name) for folder in folders]
+    found = PathFinder.find_spec(inside[-1], folders)
+    return found is not None and found.has_location
 
 
 def _version(module: str) -> str:

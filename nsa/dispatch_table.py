@@ -218,13 +218,15 @@ class DispatchTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         answer is ``extrapolated``, but for one query, which has no neighbours.
         """
         choice = self._resolve_hinted(problem)
-        if choice.entry:
+        if choice.entry and (problem.S > 1 or choice.status != "extrapolated"):
             return choice
         overlap: Overlap = "high" if problem.overlap == "low" else "low"
         other = self._resolve_hinted(msgspec.structs.replace(problem, overlap=overlap))
-        if problem.S == 1 or not other.entry:
-            return other if other.entry else choice
-        why = f"{other.reason} with {overlap} overlap, none with {problem.overlap}"
+        if problem.S == 1:
+            return other if other.entry and (not choice.entry or other.status != "extrapolated") else choice
+        if not other.entry:
+            return choice
+        why = f"{other.reason}; with {overlap} overlap, none with {problem.overlap}"
         return msgspec.structs.replace(other, status="extrapolated", reason=why)
 
     def _resolve_hinted(self, problem: SelectionProblem) -> Choice:
@@ -239,7 +241,7 @@ class DispatchTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         other = self._resolve_alike(msgspec.structs.replace(problem, complete=not problem.complete))
         usable = other.entry and (problem.complete or not PATHS[other.path].needs_complete)
         if usable and problem.dense and PATHS[other.path].reads_complete and other.status in ("exact", "bucket"):
-            why = f"{other.reason} with complete={not problem.complete}, with which {other.path} launches otherwise"
+            why = f"{other.reason}; with complete={not problem.complete}, with which {other.path} launches otherwise"
             return msgspec.structs.replace(other, status="extrapolated", reason=why)
         return other if usable and (not choice.entry or other.status != "extrapolated") else choice
 
@@ -267,7 +269,7 @@ class DispatchTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         status: Status = "exact" if same_batch else "bucket"
         reason = "measured" if same_batch else f"measured at the next larger batch {entry.B}"
         if entry.hinted:
-            status, reason = "extrapolated", f"{reason} with complete=True, with which {entry.path} launches otherwise"
+            status, reason = "extrapolated", f"{reason}; with complete=True, with which {entry.path} launches otherwise"
         if self.__dict__["stale"]:
             status, reason = "stale", f"{reason}, but {self.__dict__['stale']}"
         return self._pick(number, entry, status, reason)

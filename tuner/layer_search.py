@@ -6,6 +6,7 @@ entry tied with or ran up, or to another that can run. It walks like ``tuner.sea
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import msgspec
@@ -42,6 +43,10 @@ class LayerSearch(Search):
             self.screen(family, problem, self.combinations(problem), thorough=False)
             self.shoot_out(family, problem)
             self.done += 1
+
+    def asked(self) -> dict[str, Any]:
+        """The table too, whose choices are the baseline."""
+        return {**super().asked(), "table": hashlib.sha256(self.table.encode()).hexdigest()[:16]}
 
     def reserves(self, family: Family, problem: SelectionProblem) -> None:
         """A layer's workspace is the paths' own; ``sweep reserve`` measures them."""

@@ -108,13 +108,17 @@ class Search:
                     self.done += 1
         self.folder.finish()
 
+    def asked(self) -> dict[str, Any]:
+        """What is measured, as the environment of a run keeps it: the same again is the same run."""
+        return {**msgspec.to_builtins(self.sweep), "effort": self.effort.name, "registry": self.registry}
+
     def _folder(self, identity: Any, software: Any, clocks: Any, timer: dict[str, Value]) -> tuple[RunFolder, str]:
         """The unfinished run of the same sweep, commit, effort and software on this device, or a new one.
 
         A budget says how long to go on, not what is measured: a run goes on under another one.
         """
         root = self.out / "records" / identity.slug / self.sweep.name
-        resolved = {**msgspec.to_builtins(self.sweep), "effort": self.effort.name, "registry": self.registry}
+        resolved = self.asked()
         wanted = msgspec.json.decode(msgspec.json.encode((resolved, self.commit, software)))
         for folder in reversed(list(run_folders(root))):
             before = folder.environment()
@@ -189,11 +193,13 @@ class Search:
 
     def shoot_out(self, family: Family, problem: SelectionProblem) -> None:
         """Fresh pairs of the finalists and the baseline, until settled, out of time or out of pairs."""
-        if any(record.baseline for record in self.of(family, problem, "shootout")):
-            return
+        met = {record.candidate: record for record in self.of(family, problem, "shootout")}
+        chosen = self.finalists(family, problem)
+        if any(record.baseline for record in met.values()) and all(one.name in met for one in chosen):
+            return  # else a run that went on has screened more candidates, or was cut
         self._hold(family, problem)
         base = self.baseline(family, problem)
-        finalists = [base, *(c for c in self.finalists(family, problem) if c != base)]
+        finalists = [base, *(c for c in chosen if c != base)]
         self.session.release(finalists)
         ready = [c for c in finalists if self.session.assess(c, thorough=False).outcome == "ok"]
         self._working(family, problem, f"shoot-out of {len(ready)}")

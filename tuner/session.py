@@ -136,7 +136,7 @@ class Session:
         known = self.assessed.get(candidate.name)
         if known is not None and (known.outcome != "ok" or candidate.name in self.built):
             return known
-        found = known or self._prove(self.prover, candidate, thorough)
+        found = known or self._within_limit(self._prove(self.prover, candidate, thorough))
         if found.outcome == "ok":
             try:
                 self.timer.ask("build", (candidate,), self.trial, self.timeout_s)
@@ -154,6 +154,8 @@ class Session:
         Returns those that now have an assessment, in order: all but what had not begun at ``until`` (monotonic
         seconds), of which still the first of each path is taken. Who ran out of memory beside others is proven alone.
         """
+        if self.timer.held != self.trial:
+            self.timer.forget(self.timeout_s)  # what it held of the last problem may be what is wanting
         first = {candidate.path: candidate.name for candidate in reversed(candidates)}
         seats: queue.SimpleQueue[Seat] = queue.SimpleQueue()
         for seat in self.provers if thorough else self.provers[:1]:
@@ -175,22 +177,26 @@ class Session:
             found = list(pool.map(one, candidates))
         for other in self.provers[1:]:
             other.forget(self.timeout_s)
-        proven = []
-        for candidate, known in zip(candidates, found, strict=True):
-            if known is None:
-                continue
-            if known.outcome == "oom" and candidate.name not in self.assessed and seats.qsize() > 1:
+        proven = [(candidate, known) for candidate, known in zip(candidates, found, strict=True) if known is not None]
+        for candidate, known in proven:
+            fresh, shared = candidate.name not in self.assessed, seats.qsize() > 1 or self.timer.held is not None
+            in_time = time.monotonic() <= until or candidate.name == first[candidate.path]
+            if known.outcome == "oom" and fresh and shared and in_time:
+                self.timer.forget(self.timeout_s)
+                self.built.clear()
                 begun(candidate)
                 known = self._prove(self.prover, candidate, thorough)
-            self.assessed[candidate.name] = known
-            proven.append(candidate)
-        return proven
+            self.assessed[candidate.name] = self._within_limit(known)
+        return [candidate for candidate, _ in proven]
 
     def _prove(self, seat: Seat, candidate: Candidate, thorough: bool) -> Assessment:
         try:
             found: Assessment = seat.ask("assess", (candidate, thorough), self.trial, self.timeout_s)
         except (CandidateFailed, WorkerDied) as error:
             return Assessment(outcome=error.outcome, reason=error.reason)
+        return found
+
+    def _within_limit(self, found: Assessment) -> Assessment:
         limit = self.memory_limit_bytes
         if limit and found.peak_bytes and found.peak_bytes > limit:
             return Assessment(outcome="oom", reason=f"one call held {found.peak_bytes} bytes, the limit is {limit}")

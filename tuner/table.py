@@ -174,4 +174,11 @@ def kept_entries(
     if stale := old.software.stale_against(software):
         return [], f"left out {len(old.entries)} entries of {path}: {stale}; sweep them again"
     measured = {(entry.problem(), entry.level) for entry in fresh}
-    return [entry for entry in old.entries if (entry.problem(), entry.level) not in measured], ""
+    hinted = {(entry.problem(), entry.run_id) for entry in old.entries if (entry.problem(), entry.level) in measured}
+
+    def outlived(entry: DispatchEntry) -> bool:
+        """Written beside one for the same calls with the hint, which was measured again."""
+        return (msgspec.structs.replace(entry.problem(), complete=True), entry.run_id) in hinted
+
+    kept = [entry for entry in old.entries if (entry.problem(), entry.level) not in measured and not outlived(entry)]
+    return kept, ""

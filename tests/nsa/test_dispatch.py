@@ -18,7 +18,7 @@ from nsa.device import device_identity, software_identity
 from nsa.dispatch import DispatchWarning
 from nsa.dispatch_table import DispatchEntry, DispatchTable, load_dispatch_table, user_table_path
 from nsa.errors import ArgumentError, DispatchTableError, StrictDispatchError
-from nsa.paths import PATHS, Candidate, gather
+from nsa.paths import PATHS, Candidate, gather, reference
 from nsa.problem import SelectionProblem
 from nsa.selection import Selection
 from nsa.workspace import Workspace
@@ -175,6 +175,41 @@ def test_rows_of_another_overlap_are_answered_from_afar_but_one_query_has_no_nei
     assert f"with {measured} overlap, none with {asked}" in other.reason
     both = table(entry(whole, "packed"), entry(msgspec.structs.replace(whole, overlap=asked), "varlen"))
     assert [both.lookup(one.problem()).path for one in both.entries] == ["packed", "varlen"]
+
+
+def test_one_query_takes_what_was_measured_of_the_other_overlap_before_what_lies_beyond_its_own():
+    found = table(entry(problem(overlap="low"), "packed"), entry(problem(overlap="high", T=96), "varlen"))
+    for overlap in ("low", "high"):
+        assert found.lookup(problem(overlap=overlap)).path == "packed"
+        nearest = found.lookup(problem(overlap=overlap, T=96))
+        assert (nearest.path, nearest.status) == ("varlen", "exact")
+    beyond = found.lookup(problem(overlap="low", T=16))
+    assert (beyond.path, beyond.status) == ("packed", "extrapolated")
+
+
+@pytest.mark.parametrize("path", ["auto", "dense", "gather", "packed", "varlen", "causal_prefix"])
+def test_no_path_is_handed_a_negative_scale(path, monkeypatch):
+    query, key, value, selection = arguments(queries=32)
+    selection = Selection.from_blocks(
+        torch.arange(4, dtype=torch.int32).expand(1, 32, 2, 4), block_size=8, context_length=32, complete=True
+    )
+    scales = []
+
+    def spied_on(run):
+        def spied(*args, scale, **options):
+            scales.append(scale)
+            return run(*args, scale=scale, **options)
+
+        return spied
+
+    for name, known in PATHS.items():
+        monkeypatch.setitem(globals(), f"spied_{name}", spied_on(known.function()))
+        monkeypatch.setitem(PATHS, name, msgspec.structs.replace(known, target=f"{__name__}:spied_{name}"))
+    truth = reference.run(query, key, value, selection, scale=-0.3)
+    out = nsa.selection_attention(query, key, value, selection, scale=-0.3, path=path)
+    assert (out - truth).abs().max() < 1e-5
+    assert scales
+    assert min(scales) == 0.3
 
 
 @pytest.mark.parametrize("mode", ["prefill", "train"])

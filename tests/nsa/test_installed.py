@@ -3,6 +3,7 @@
 import importlib
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -41,13 +42,33 @@ def site(tmp_path, monkeypatch):
         ((*FOURTH, *DSL), False, True),
         (FOURTH, False, False),
         ((*FIRST, *FOURTH, *DSL), True, True),
+        (("flash_attn/cute/left", "cutlass/cute/left"), False, False),
+        ((*FIRST, "flash_attn/cute/left", *DSL), True, False),
+        ((*FOURTH, "cutlass/cute/left"), False, False),
     ],
-    ids=["neither", "2", "2-with-its-own-cute", "4-as-a-namespace", "4-without-its-compiler", "both"],
+    ids=[
+        "neither",
+        "2",
+        "2-with-its-own-cute",
+        "4-as-a-namespace",
+        "4-without-its-compiler",
+        "both",
+        "bare-folders",
+        "2-and-a-bare-cute",
+        "4-and-a-bare-compiler",
+    ],
 )
 def test_flash_attention_2_and_4_are_told_apart_in_the_folder_that_they_share(site, files, second, fourth):
     site(files)
     assert (installed("flash_attn"), installed("flash_attn_4")) == (second, fourth)
     assert not {"flash_attn", "cutlass"} & set(sys.modules)
+
+
+def test_a_stand_in_that_came_from_no_file_is_not_installed(monkeypatch):
+    installed.cache_clear()
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    assert not installed("flash_attn")
+    installed.cache_clear()
 
 
 def test_a_version_is_that_of_the_package_asked_for(site):

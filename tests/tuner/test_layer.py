@@ -294,6 +294,18 @@ def test_writing_the_layers_picks_leaves_the_branchs(tmp_path: Path) -> None:
     assert kept_entries(file, device_identity("cpu"), software_identity(), [branch])[0] == []
 
 
+def test_an_entry_written_for_calls_without_the_hint_goes_with_its_twin(tmp_path: Path) -> None:
+    (made,) = entries_of(records(combination("packed"), combination("dense")))
+    plain = msgspec.structs.replace(made, level="branch", default=None, complete=False)
+    hinted = msgspec.structs.replace(plain, complete=True)
+    alone = msgspec.structs.replace(plain, run_id="another")
+    fresh = [msgspec.structs.replace(hinted, run_id="new")]
+    file, here = tmp_path / "table.json", (device_identity("cpu"), software_identity())
+    for entries, kept in (((plain, hinted), []), ((alone, hinted), [alone])):
+        file.write_bytes(DispatchTable(device=here[0], software=here[1], entries=entries).encode())
+        assert kept_entries(file, *here, fresh) == (kept, "")
+
+
 # The search
 
 
@@ -329,6 +341,14 @@ def test_the_tables_own_ties_are_tried(tmp_path: Path) -> None:
     base, *changed = (choices_of(candidate.parameters) for candidate in search.combinations(posed))
     assert base["selection"].path == "dense"
     assert tied in [found["selection"] for found in changed]
+
+
+def test_another_table_in_force_makes_another_run(tmp_path: Path) -> None:
+    one = searched(tmp_path)
+    (made,) = entries_of(records(combination("packed"), combination("dense")))
+    other = DispatchTable(device=device_identity("cpu"), software=software_identity(), entries=(made,))
+    assert one.asked() == searched(tmp_path).asked()
+    assert one.asked() != searched(tmp_path, table=other).asked()
 
 
 def test_a_layer_sweep_with_operations_or_several_windows_is_refused(tmp_path: Path) -> None:

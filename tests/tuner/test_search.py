@@ -1,5 +1,6 @@
 """Claims about a whole sweep: it runs end to end, a kill loses what was being measured, broken paths stop nothing."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -174,6 +175,29 @@ def test_a_shoot_out_that_was_measured_is_not_measured_again(resumed: Swept) -> 
     }
     assert before == {32}
     assert {T for T, _ in shootouts} == {32, 64}
+
+
+def test_a_finalist_that_no_shoot_out_has_met_gets_one(resumed: Swept, tmp_path: Path) -> None:
+    """As where more time let a run that went on screen what it had left out."""
+    place = resumed.folder.path.parents[4]
+    file, out = written(tmp_path, LISTED), tmp_path / "out"
+    shutil.copytree(place / "out", out)
+    (trials,) = out.glob("records/*/tiny/*/trials.jsonl")
+    lines = trials.read_text().splitlines()
+    late = [line for line in lines if '"stage":"shootout"' in line and '"baseline":false' in line]
+    trials.write_text("".join(f"{line}\n" for line in lines if line not in late))
+    RunFolder(trials.parent).done_file.unlink()
+    again, _ = search(file, out).run().records()
+    assert late
+    for line in late:
+        lost = msgspec.json.decode(line, type=Record)
+        assert any(
+            (one.stage, one.candidate, one.problem) == ("shootout", lost.candidate, lost.problem) for one in again
+        )
+    base = [one for one in again if one.stage == "shootout" and one.baseline]
+    assert len(base) == 2 * len({str(one.problem) for one in base})
+    rounds = [sample.round for one in base for sample in one.samples if one.problem["T"] == 32]
+    assert len(rounds) == len(set(rounds))
 
 
 def test_the_ledger_survives_the_kill_without_trials_left_running(resumed: Swept) -> None:

@@ -291,6 +291,42 @@ def test_who_runs_out_of_memory_beside_others_is_proven_again_alone(monkeypatch:
     assert sorted(begun) == ["dense", "dense", "gather", "gather"]
 
 
+@pytest.mark.parametrize(("held", "times"), [(True, 2), (False, 1)])
+def test_alone_means_without_the_timing_worker_too(held: bool, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, asked = Session("cpu", timeout_s=PATIENT_S, provers=1), 0
+
+    def prove(seat: Seat, one: Candidate, thorough: bool) -> Assessment:
+        nonlocal asked
+        asked += 1
+        if asked == 2:
+            assert session.timer.held is None
+            assert not session.built
+        return Assessment(outcome="oom" if asked == 1 else "ok")
+
+    monkeypatch.setattr(session, "_prove", prove)
+    monkeypatch.setattr(Seat, "forget", lambda seat, _: setattr(seat, "held", None))
+    session.hold(TRIAL)
+    session.timer.held, session.built = TRIAL if held else None, {"gather"}
+    session.prove([candidate("gather")], math.inf, thorough=False, begun=lambda _: None)
+    assert asked == times
+    assert session.assessed[candidate("gather").name].outcome == ("ok" if held else "oom")
+
+
+def test_what_is_over_the_limit_is_not_proven_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    session, asked = Session("cpu", memory_limit_bytes=100, timeout_s=PATIENT_S, provers=2), list[str]()
+
+    def prove(seat: Seat, one: Candidate, thorough: bool) -> Assessment:
+        asked.append(one.path)
+        return Assessment(outcome="ok", peak_bytes=101)
+
+    monkeypatch.setattr(session, "_prove", prove)
+    session.hold(TRIAL)
+    session.prove([candidate("gather"), candidate("dense")], math.inf, thorough=True, begun=lambda _: None)
+    assert sorted(asked) == ["dense", "gather"]
+    found = session.assessed[candidate("gather").name]
+    assert (found.outcome, found.reason) == ("oom", "one call held 101 bytes, the limit is 100")
+
+
 @pytest.mark.parametrize(
     ("culprit", "reason"),
     [
