@@ -53,12 +53,17 @@ def flash_attn_attention(
     from flash_attn import flash_attn_func  # an optional package, imported where it can run
 
     out: Tensor = flash_attn_func(
-        *(aligned(tensor) for tensor in (query.flatten(2, 3), key.transpose(1, 2), value.transpose(1, 2))),
+        *by_tokens(query, key, value),
         softmax_scale=scale,
         causal=causal,
         window_size=(window - 1, 0) if window else (-1, -1),
     )
     return torch.unflatten(out, 2, query.shape[2:4])
+
+
+def by_tokens(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    """(B, S, G, heads, D), twice (B, G, T, D) -> (B, tokens, heads, D) each, as FlashAttention takes them, aligned."""
+    return tuple(aligned(tensor) for tensor in (query.flatten(2, 3), key.transpose(1, 2), value.transpose(1, 2)))
 
 
 def aligned(tensor: Tensor) -> Tensor:

@@ -208,7 +208,8 @@ class NSAAttention(nn.Module):
 
         The window comes first: it waits for no other branch, and while it runs the host prepares the others' launches.
         """
-        config, table = self.config, self._table(query.device.type)
+        config = self.config
+        table = (self.dispatch_table or active_dispatch_table(query.device.type)).of_layer()
         outs: dict[Branch, Tensor] = {}
         workspace = shared_workspace(query.device) if self.workspace is None else self.workspace
         sums = LogSums()
@@ -237,14 +238,11 @@ class NSAAttention(nn.Module):
             )
         if branch in (None, "selection"):
             raw = keys["selection"], values["selection"]
-            outs["selection"] = self._select(query, *raw, compressed_key, sums.tensor, workspace)
+            outs["selection"] = self._select(query, *raw, compressed_key, sums.tensor, workspace, table)
         if branch:
             return outs[branch].flatten(2)
         compression, selection, window = (outs[name] for name in BRANCHES)
         return mix_branches(gates, compression, selection, window).flatten(2)
-
-    def _table(self, kind: str) -> DispatchTable:
-        return (self.dispatch_table or active_dispatch_table(kind)).of_layer()
 
     def _check(self, x: Tensor) -> None:
         if x.dim() != 3 or x.shape[2] != self.dim or min(x.shape) < 1:
@@ -258,6 +256,7 @@ class NSAAttention(nn.Module):
         compressed_key: Tensor,
         logsum: Tensor | None,
         workspace: Workspace,
+        table: DispatchTable,
     ) -> Tensor:
         config = self.config
         blocks = choose_blocks(
@@ -287,5 +286,5 @@ class NSAAttention(nn.Module):
             parameters=flags.adjust(flags.path, {}) if flags.path else None,
             overrides={path: parameters for path, parameters in reservable.items() if parameters},
             workspace=workspace,
-            table=self._table(query.device.type),
+            table=table,
         )

@@ -222,10 +222,10 @@ class DispatchTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             return choice
         overlap: Overlap = "high" if problem.overlap == "low" else "low"
         other = self._resolve_hinted(msgspec.structs.replace(problem, overlap=overlap))
-        if problem.S == 1:
-            return other if other.entry and (not choice.entry or other.status != "extrapolated") else choice
-        if not other.entry:
+        if not other.entry or (choice.entry and other.status == "extrapolated"):
             return choice
+        if problem.S == 1:
+            return other
         why = f"{other.reason}; with {overlap} overlap, none with {problem.overlap}"
         return msgspec.structs.replace(other, status="extrapolated", reason=why)
 

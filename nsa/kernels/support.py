@@ -8,6 +8,7 @@ from typing import TypedDict
 
 import torch
 
+from ..attend import SDPA
 from ..device import installed
 from ..problem import SelectionProblem
 from ..trace import ParameterValue
@@ -22,7 +23,7 @@ KERNELS = {
 }
 """The kernel by which each path is recognised. A profiler shows a Triton function under its own name."""
 LIBRARIES = {
-    "sdpa": r"^aten::scaled_dot_product_attention$",
+    "sdpa": SDPA,
     "flash_attn": r"^flash_attn::",
     "flash_attn_4": r"flash_attncute",
 }

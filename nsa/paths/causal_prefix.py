@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..attend import FLASH_ATTN, aligned, flash_attn_attention, widened
+from ..attend import FLASH_ATTN, by_tokens, flash_attn_attention, widened
 from ..device import installed
 from ..errors import UnsupportedPathError
 from ..kernels import support
@@ -208,8 +208,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, pr
     if prefix == "flash_attn_4":
         from flash_attn.cute import flash_attn_func  # optional package; compiles when first run, for seconds
 
-        tensors = (aligned(tensor) for tensor in (query.flatten(2, 3), key.transpose(1, 2), value.transpose(1, 2)))
-        out, _ = flash_attn_func(*tensors, softmax_scale=scale, causal=True)
+        out, _ = flash_attn_func(*by_tokens(query, key, value), softmax_scale=scale, causal=True)
         return out.reshape(batch, rows, groups, heads, -1)
     if prefix == "efficient":  # knows no grouped heads
         key, value = key.repeat_interleave(heads, 1), value.repeat_interleave(heads, 1)

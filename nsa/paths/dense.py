@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..attend import SDPA
 from ..problem import SelectionProblem
 from ..rows import row_chunks
 from ..selection import Selection
 from ..trace import ParameterValue, executed
 from ..workspace import Workspace
 from .base import Evidence, Parameter, Parameters, chunk_parameter
-
-SDPA = r"^aten::scaled_dot_product_attention$"
 
 
 def tunables(problem: SelectionProblem, device: torch.device) -> tuple[Parameter, ...]:

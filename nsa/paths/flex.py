@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..attend import SDPA
 from ..problem import SelectionProblem
 from ..selection import Selection
 from ..trace import ParameterValue, executed
@@ -63,9 +64,7 @@ def evidence(
 ) -> Evidence:
     """A compiled kernel and no eager attention."""
     seen = r"flex_attention" if device.type == "cuda" else r"Torch-Compiled Region|inductor|cpp_flex_attention"
-    return Evidence(
-        required={seen: 0}, forbidden=(r"^aten::scaled_dot_product_attention$", r"flash_attn", r"^aten::softmax$")
-    )
+    return Evidence(required={seen: 0}, forbidden=(SDPA, r"flash_attn", r"^aten::softmax$"))
 
 
 def run(

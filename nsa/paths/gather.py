@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..attend import SDPA
 from ..problem import SelectionProblem
 from ..rows import (
     flat_ranges,
@@ -23,8 +24,6 @@ from ..selection import Selection
 from ..trace import ParameterValue, executed
 from ..workspace import Workspace
 from .base import Evidence, Parameter, Parameters, capture_reason, chunk_parameter
-
-SDPA = r"^aten::scaled_dot_product_attention$"
 
 
 def tunables(problem: SelectionProblem, device: torch.device) -> tuple[Parameter, ...]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..attend import SDPA
 from ..problem import SelectionProblem
 from ..rows import (
     flat_ranges,
@@ -26,8 +27,6 @@ from ..selection import Selection
 from ..trace import ParameterValue, executed
 from ..workspace import Workspace
 from .base import Evidence, Parameter, Parameters, capture_reason, chunk_parameter, reserve_parameter
-
-SDPA = r"^aten::scaled_dot_product_attention$"
 
 
 def tunables(problem: SelectionProblem, device: torch.device) -> tuple[Parameter, ...]:

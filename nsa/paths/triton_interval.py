@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import interval_support as support
+from ..kernels.support import LIBRARIES
 from ..problem import Operation, SelectionProblem
 from ..selection import Selection
 from ..trace import ParameterValue, executed
@@ -33,7 +34,7 @@ def evidence(
 ) -> Evidence:
     """One launch of the forward; the interpreter leaves no trace."""
     required = {support.FORWARD: 1} if device.type == "cuda" else {}
-    return Evidence(required=required, forbidden=(r"^aten::scaled_dot_product_attention$", r"^flash_attn::"))
+    return Evidence(required=required, forbidden=(LIBRARIES["sdpa"], LIBRARIES["flash_attn"]))
 
 
 def run(

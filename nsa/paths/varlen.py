@@ -16,7 +16,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from ..attend import flash_kernel_reason, widened
+from ..attend import SDPA, flash_kernel_reason, widened
 from ..device import installed
 from ..problem import SelectionProblem
 from ..rows import (
@@ -101,7 +101,7 @@ def evidence(
         required={KERNELS[backend]: len(chunks)},
         forbidden=(
             *others,
-            r"^aten::scaled_dot_product_attention$",
+            SDPA,
             *((r"^aten::_local_scalar_dense$",) if bound else ()),
         ),
         shapes={r"^aten::index_select$": gathered} if backend != "segment" else {},
