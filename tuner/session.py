@@ -12,7 +12,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import torch
@@ -178,8 +178,9 @@ class Session:
         for other in self.provers[1:]:
             other.forget(self.timeout_s)
         proven = [(candidate, known) for candidate, known in zip(candidates, found, strict=True) if known is not None]
+        shared = seats.qsize() > 1 or self.timer.held is not None
         for candidate, known in proven:
-            fresh, shared = candidate.name not in self.assessed, seats.qsize() > 1 or self.timer.held is not None
+            fresh = candidate.name not in self.assessed
             in_time = time.monotonic() <= until or candidate.name == first[candidate.path]
             if known.outcome == "oom" and fresh and shared and in_time:
                 self.timer.forget(self.timeout_s)
@@ -191,10 +192,9 @@ class Session:
 
     def _prove(self, seat: Seat, candidate: Candidate, thorough: bool) -> Assessment:
         try:
-            found: Assessment = seat.ask("assess", (candidate, thorough), self.trial, self.timeout_s)
+            return cast(Assessment, seat.ask("assess", (candidate, thorough), self.trial, self.timeout_s))
         except (CandidateFailed, WorkerDied) as error:
             return Assessment(outcome=error.outcome, reason=error.reason)
-        return found
 
     def _within_limit(self, found: Assessment) -> Assessment:
         limit = self.memory_limit_bytes

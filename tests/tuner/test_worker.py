@@ -293,23 +293,24 @@ def test_who_runs_out_of_memory_beside_others_is_proven_again_alone(monkeypatch:
 
 @pytest.mark.parametrize(("held", "times"), [(True, 2), (False, 1)])
 def test_alone_means_without_the_timing_worker_too(held: bool, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    session, asked = Session("cpu", timeout_s=PATIENT_S, provers=1), 0
+    session, asked = Session("cpu", timeout_s=PATIENT_S, provers=1), list[str]()
 
     def prove(seat: Seat, one: Candidate, thorough: bool) -> Assessment:
-        nonlocal asked
-        asked += 1
-        if asked == 2:
+        asked.append(one.path)
+        if again := asked.count(one.path) == 2:
             assert session.timer.held is None
             assert not session.built
-        return Assessment(outcome="oom" if asked == 1 else "ok")
+        return Assessment(outcome="ok" if again else "oom")
 
     monkeypatch.setattr(session, "_prove", prove)
     monkeypatch.setattr(Seat, "forget", lambda seat, _: setattr(seat, "held", None))
     session.hold(TRIAL)
     session.timer.held, session.built = TRIAL if held else None, {"gather"}
-    session.prove([candidate("gather")], math.inf, thorough=False, begun=lambda _: None)
-    assert asked == times
-    assert session.assessed[candidate("gather").name].outcome == ("ok" if held else "oom")
+    names = ["gather", "dense"]
+    session.prove([candidate(name) for name in names], math.inf, thorough=False, begun=lambda _: None)
+    assert sorted(asked) == sorted(times * names)
+    outcomes = [session.assessed[candidate(name).name].outcome for name in names]
+    assert outcomes == ["ok" if held else "oom"] * 2
 
 
 def test_what_is_over_the_limit_is_not_proven_again(monkeypatch: pytest.MonkeyPatch) -> None:
