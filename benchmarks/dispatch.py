@@ -14,8 +14,9 @@ import msgspec
 import torch
 
 import nsa
+from nsa.defaults import default_candidate
 from nsa.device import device_identity, software_identity
-from nsa.dispatch_table import DispatchEntry, default_candidate
+from nsa.dispatch_entry import DispatchEntry
 from nsa.paths import triton_decode
 from nsa.problem import SelectionProblem
 

@@ -5,7 +5,8 @@ from .cache import NSACache
 from .config import NSAConfig
 from .decode import DecodeGraph
 from .dispatch import dispatch_stats, selection_attention, use_dispatch_table
-from .dispatch_table import Choice, DispatchTable, load_dispatch_table
+from .dispatch_entry import Choice
+from .dispatch_table import DispatchTable, load_dispatch_table
 from .errors import UnsupportedPathError, UnsupportedSelection
 from .paths import PATHS
 from .problem import SelectionProblem

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import msgspec
 import torch
 from platformdirs import user_data_path
 
+from .defaults import default_candidate
 from .device import DeviceIdentity, SoftwareIdentity, device_identity, software_identity
+from .dispatch_entry import Choice, DispatchEntry, Level, Status
 from .errors import DispatchTableError
 from .flags import read_flags
-from .paths import PATHS, Candidate
-from .problem import Mode, Operation, Overlap, SelectionProblem
-from .trace import ParameterValue
+from .paths import PATHS
+from .problem import Overlap, SelectionProblem
 
 VERSION = 2
 READ_VERSIONS = (1, 2)
@@ -29,120 +30,8 @@ MAX_TABLE_BYTES = 16 * 2**20
 MAX_REMEMBERED = 2**16
 PACKAGED = Path(__file__).parent / "dispatch_tables"
 
-Level = Literal["branch", "layer"]
-Status = Literal["exact", "bucket", "interpolated", "extrapolated", "stale", "default", "forced"]
-
-DEFAULT_PATHS: dict[Operation, dict[tuple[str, Mode], tuple[str, ...]]] = {
-    "selection": {
-        ("cpu", "decode"): ("gather",),
-        ("cpu", "prefill"): ("dense",),
-        ("cpu", "train"): ("dense",),
-        ("cuda", "decode"): ("varlen",),
-        ("cuda", "prefill"): ("varlen",),
-        ("cuda", "train"): ("varlen",),
-    },
-    "window": {
-        ("cpu", "decode"): ("sdpa_window",),
-        ("cpu", "prefill"): ("sdpa_window",),
-        ("cpu", "train"): ("sdpa_window",),
-        ("cuda", "decode"): ("flash_attn_window", "sdpa_window"),
-        ("cuda", "prefill"): ("triton_window", "flash_attn_window", "sdpa_window"),
-        ("cuda", "train"): ("triton_window", "flash_attn_window", "sdpa_window"),
-    },
-    "compression": {
-        ("cpu", "decode"): ("sdpa_compressed",),
-        ("cpu", "prefill"): ("sdpa_compressed",),
-        ("cpu", "train"): ("sdpa_compressed",),
-        ("cuda", "decode"): ("flash_attn_compressed", "sdpa_compressed"),
-        ("cuda", "prefill"): ("triton_compressed", "sdpa_compressed"),
-        ("cuda", "train"): ("cudnn_compressed", "sdpa_compressed"),
-    },
-}
-"""Where nothing was measured: of these the first that can run the problem, the last one always can. Each was seen right
-and fast on its kind of device in its mode."""
-
-
-class Choice(msgspec.Struct, frozen=True, kw_only=True):
-    """What a lookup answers: the candidate, how good the evidence is (``status``), whose table (``tier``), and why."""
-
-    path: str
-    parameters: dict[str, ParameterValue]
-    status: Status
-    tier: str
-    entry: str = ""
-    reason: str = ""
-    tied: tuple[Candidate, ...] = ()
-
-
-class DispatchEntry(SelectionProblem, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One pick: the problem's fields by name, the candidate, and its evidence.
-
-    ``ratio`` is time of the pick over time of the default, of the default over the runner-up where the default won;
-    below 1 is faster. None where there was nothing to compare with. ``pattern`` names the selections measured on.
-    ``default``: what the default was then, None in tables of version 1. ``level``: what was timed, the branch alone or
-    the layer around it. ``hinted``: measured on calls that say that they are complete, of a path that then launches
-    less; it serves calls that do not say so as ``extrapolated``.
-    """
-
-    path: str
-    parameters: dict[str, ParameterValue]
-    pattern: str = "scored"
-    level: Level = "branch"
-    hinted: bool = False
-    default: Candidate | None = None
-    pairs: int = 0
-    ratio: float | None = None
-    ratio_low: float | None = None
-    ratio_high: float | None = None
-    e_value: float | None = None
-    tied: tuple[Candidate, ...] = ()
-    runner_up: Candidate | None = None
-    median_us: float
-    peak_bytes: int
-    oracle_error: float
-    oracle_bound: float
-    kernels: tuple[str, ...]
-    run_id: str
-    date: str
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        named = [(self.path, self.parameters), *((other.path, other.parameters) for other in self.tied)]
-        named += [(other.path, other.parameters) for other in (self.runner_up, self.default) if other]
-        for name, parameters in named:
-            path = PATHS.get(name)
-            if path is None or not path.dispatchable:
-                names = sorted(known.name for known in PATHS.values() if known.dispatchable)
-                raise DispatchTableError(f"unknown path {name!r}; this version has {names}")
-            if self.operation not in path.operations:
-                raise DispatchTableError(f"path {name!r} is no path of {self.operation}")
-            items = [item for kind in ("cpu", "cuda") for item in path_tunables(name, self.problem(), kind)]
-            unknown = set(parameters) - {item.name for item in items}
-            if unknown:
-                raise DispatchTableError(f"path {name!r} has no parameter {sorted(unknown)}")
-            for parameter, value in parameters.items():
-                faults = [item.fault(value) for item in items if item.name == parameter]
-                if all(faults):
-                    raise DispatchTableError(f"path {name!r}: {faults[0]}")
-        numbers = {"ratio": self.ratio, "median_us": self.median_us, "oracle_bound": self.oracle_bound}
-        for label, number in numbers.items():
-            if number is not None and not number > 0:
-                raise DispatchTableError(f"{label} must be above 0, got {number}")
-        if self.pairs < 0 or self.peak_bytes < 0:
-            raise DispatchTableError(f"pairs and peak_bytes must be 0 or more, got {self.pairs}, {self.peak_bytes}")
-
-    def problem(self) -> SelectionProblem:
-        """The problem alone, as lookups ask for it."""
-        return SelectionProblem(**{name: getattr(self, name) for name in SelectionProblem.__struct_fields__})
-
-
 Families = dict[Any, dict[int, dict[int, tuple[int, DispatchEntry]]]]
 """Family -> batch -> context -> number and entry."""
-
-
-def path_tunables(path: str, problem: SelectionProblem, kind: str) -> tuple[Any, ...]:
-    """The Parameters of a path for a problem on a kind of device."""
-    return PATHS[path].tunables(problem, torch.device(kind))
 
 
 class DispatchTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True, eq=False):
@@ -306,24 +195,6 @@ class DispatchTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             tier=self.__dict__["tier"],
             reason=reason,
         )
-
-
-def default_candidate(problem: SelectionProblem, kind: str) -> Candidate:
-    """The literal default of an operation, device kind and mode, at its default parameters, reserves left out."""
-    device = torch.device(kind)
-    names = DEFAULT_PATHS[problem.operation][kind, problem.mode]
-    for name in names:
-        items = PATHS[name].tunables(problem, device)
-        candidate = Candidate(path=name, parameters={item.name: item.default for item in items if not item.reserve})
-        if name == names[-1] or PATHS[name].unsupported_reason(problem, device, candidate.parameters) is None:
-            break
-    return candidate
-
-
-def default_failed(entry: DispatchEntry, kind: str) -> bool:
-    """Whether an entry of a device kind is compared with what stood in for the default: with none of its paths."""
-    defaults = DEFAULT_PATHS[entry.operation][kind, entry.mode]
-    return entry.level == "branch" and entry.default is not None and entry.default.path not in defaults
 
 
 def _family(problem: SelectionProblem) -> tuple[Any, ...]:

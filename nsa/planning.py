@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .device import device_identity
-from .dispatch_table import Choice, DispatchTable
+from .dispatch_entry import Choice
+from .dispatch_table import DispatchTable
 from .errors import ArgumentError, DispatchTableError, StrictDispatchError, UnsupportedPathError
 from .paths import PATHS, Candidate
 from .paths.base import PathRun

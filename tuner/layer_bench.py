@@ -16,7 +16,8 @@ from torch import Tensor
 
 from nsa import NSAAttention, NSAConfig
 from nsa.device import device_identity, software_identity
-from nsa.dispatch_table import Choice, DispatchTable
+from nsa.dispatch_entry import Choice
+from nsa.dispatch_table import DispatchTable
 from nsa.flags import Flags
 from nsa.paths import PATHS, Candidate, Evidence
 from nsa.problem import TORCH_DTYPES, Operation, SelectionProblem

@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar
 
 from matplotlib.figure import Figure
 
-from nsa.dispatch_table import DispatchEntry
+from nsa.dispatch_entry import DispatchEntry
 from tuner.plot_info import KNOWN_RATES, Rates, family_labels, latency_panels, pick_infos
 from tuner.plot_panels import latency_figure, reserve_figure
 from tuner.plot_picks import evidence_figure, winners_figure

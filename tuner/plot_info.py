@@ -15,7 +15,7 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from nsa.dispatch_table import DispatchEntry
+from nsa.dispatch_entry import DispatchEntry
 from nsa.paths import Candidate
 from nsa.problem import SelectionProblem
 from tuner.layer import LAYER

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from nsa.device import software_identity
-from nsa.dispatch_table import DispatchTable, Status
+from nsa.dispatch_entry import Status
+from nsa.dispatch_table import DispatchTable
 from nsa.paths import Candidate
 from nsa.problem import SelectionProblem
 from tuner.layer import LAYER

@@ -17,8 +17,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from nsa.defaults import default_candidate
 from nsa.device import device_identity
-from nsa.dispatch_table import DispatchEntry, DispatchTable, default_candidate, default_failed
+from nsa.dispatch_entry import DispatchEntry
+from nsa.dispatch_table import DispatchTable
 from tuner.record import Environment, Record, Value
 from tuner.regret import Regret
 from tuner.search import Listener
@@ -244,7 +246,7 @@ def compared_with(entry: DispatchEntry, kind: str) -> str:
     default = entry.default or default_candidate(entry.problem(), kind)
     if (entry.path, entry.parameters) == (default.path, default.parameters) and entry.runner_up:
         return f"runner-up {entry.runner_up.path}"
-    return f"{default.path}, the default failing" if default_failed(entry, kind) else f"default {default.path}"
+    return f"{default.path}, the default failing" if entry.default_failed(kind) else f"default {default.path}"
 
 
 def table_summary(table: DispatchTable) -> str:

@@ -21,7 +21,7 @@ import torch
 from optuna.storages.journal import JournalFileBackend
 from sqlalchemy.exc import SQLAlchemyError
 
-from nsa.dispatch_table import default_candidate
+from nsa.defaults import default_candidate
 from nsa.paths import Candidate, SelectionPath
 from nsa.problem import SelectionProblem
 from tuner import stats, verdict

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from nsa.dispatch_table import Level
+from nsa.dispatch_entry import Level
 from nsa.errors import ArgumentError
 from nsa.problem import CacheState, DType, Execution, Mode, Operation, SelectionProblem
 from nsa.trace import ParameterValue

@@ -10,7 +10,8 @@ import torch
 from rich.console import Console
 
 from nsa.device import device_identity
-from nsa.dispatch_table import DispatchEntry, DispatchTable, read_dispatch_table, user_table_path
+from nsa.dispatch_entry import DispatchEntry
+from nsa.dispatch_table import DispatchTable, read_dispatch_table, user_table_path
 from nsa.errors import DispatchTableError
 from nsa.paths import SelectionPath
 from tuner import report

@@ -14,7 +14,8 @@ from typing import Any
 import msgspec
 
 from nsa.device import DeviceIdentity, SoftwareIdentity
-from nsa.dispatch_table import DispatchEntry, DispatchTable, read_dispatch_table
+from nsa.dispatch_entry import DispatchEntry
+from nsa.dispatch_table import DispatchTable, read_dispatch_table
 from nsa.errors import DispatchTableError
 from nsa.paths import PATHS, Candidate
 from nsa.problem import SelectionProblem

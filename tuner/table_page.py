@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from nsa.dispatch_table import DispatchEntry, DispatchTable, default_failed
+from nsa.dispatch_entry import DispatchEntry
+from nsa.dispatch_table import DispatchTable
 from tuner.record import Environment, RunFolder, run_folders
 
 EXPLANATION = (
@@ -93,7 +94,7 @@ def cell(entry: DispatchEntry, *, kind: str) -> str:
         return text
     high = "?" if entry.ratio_high is None else f"{entry.ratio_high:.3g}"
     tie = "" if entry.ratio_high is not None and entry.ratio_high < 1 else ", *tied*"
-    notes = (", *no default*" if default_failed(entry, kind) else "") + (", *hinted*" if entry.hinted else "")
+    notes = (", *no default*" if entry.default_failed(kind) else "") + (", *hinted*" if entry.hinted else "")
     return f"{text}, {entry.ratio:.3g} [{entry.ratio_low or 0:.3g}, {high}]{tie}{notes}"
 
 

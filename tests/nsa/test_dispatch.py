@@ -16,7 +16,8 @@ import nsa
 from nsa import dispatch, dispatch_table
 from nsa.device import device_identity, software_identity
 from nsa.dispatch import DispatchWarning
-from nsa.dispatch_table import DispatchEntry, DispatchTable, load_dispatch_table, user_table_path
+from nsa.dispatch_entry import DispatchEntry
+from nsa.dispatch_table import DispatchTable, load_dispatch_table, user_table_path
 from nsa.errors import ArgumentError, DispatchTableError, StrictDispatchError
 from nsa.paths import PATHS, Candidate, gather, reference
 from nsa.problem import SelectionProblem

@@ -9,10 +9,10 @@ import torch
 
 from nsa import dispatch_table
 from nsa.device import device_identity, software_identity
+from nsa.dispatch_entry import DispatchEntry
 from nsa.dispatch_table import (
     MAX_TABLE_BYTES,
     VERSION,
-    DispatchEntry,
     DispatchTable,
     load_dispatch_table,
     read_dispatch_table,

@@ -15,7 +15,8 @@ import nsa.paths
 from nsa.attention import NSAAttention, NSAConfig
 from nsa.device import device_identity, software_identity
 from nsa.dispatch import dispatch_stats, selection_attention, use_dispatch_table
-from nsa.dispatch_table import Choice, DispatchTable
+from nsa.dispatch_entry import Choice
+from nsa.dispatch_table import DispatchTable
 from nsa.errors import FlagError, UnsupportedPathError
 from nsa.flags import FLAGS, FORCING, RESERVES, Flags, read_flags
 from nsa.paths import sdpa_compressed, sdpa_window

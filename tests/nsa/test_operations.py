@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from nsa.compression import compressed_attention
+from nsa.defaults import DEFAULT_PATHS, default_candidate
 from nsa.device import device_identity, software_identity
 from nsa.dispatch import selection_attention, use_dispatch_table
-from nsa.dispatch_table import DEFAULT_PATHS, DispatchEntry, DispatchTable, default_candidate
+from nsa.dispatch_entry import DispatchEntry
+from nsa.dispatch_table import DispatchTable
 from nsa.errors import ArgumentError, StrictDispatchError, UnsupportedPathError, UnsupportedSelection
 from nsa.paths import PATHS, reference
 from nsa.planning import CHAINS

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.text import Text
 
-from nsa.dispatch_table import DispatchEntry
+from nsa.dispatch_entry import DispatchEntry
 from nsa.paths import Candidate
 from nsa.problem import SelectionProblem
 from tuner import plot, plot_info, plot_panels, plot_picks, plot_regressions, plot_style, regressions, reserves

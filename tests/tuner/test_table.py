@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from nsa.device import device_identity, software_identity
-from nsa.dispatch_table import DispatchEntry, DispatchTable, read_dispatch_table
+from nsa.dispatch_entry import DispatchEntry
+from nsa.dispatch_table import DispatchTable, read_dispatch_table
 from nsa.errors import DispatchTableError
 from nsa.problem import SelectionProblem
 from tuner.record import Environment, Record, RunFolder, Sample, run_folders
