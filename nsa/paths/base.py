@@ -218,6 +218,7 @@ def chunk_parameter(
 
 
 def reserve_parameter(name: str, need: int) -> Parameter:
-    """The ladder of a reserve: 0 (grow when needed), the need, and the three powers of two above it."""
+    """The ladder of a reserve: 0 (grow when needed), the need of a call at the default chunk, and the three powers of
+    two above it."""
     above = 1 << need.bit_length()
     return Parameter(name, (0, need, above, 2 * above, 4 * above), 0, reserve=True)

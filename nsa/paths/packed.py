@@ -35,11 +35,11 @@ COUNT = r"^aten::scatter_add_$"
 def tunables(problem: SelectionProblem, device: torch.device) -> tuple[Parameter, ...]:
     """``bucket_rounding``: lengths are rounded up to a multiple; ``row_chunk``: rows of a bucket gathered at once, 0 =
     all; ``reserve_rows`` and ``reserve_length``: the workspace has room for that many rows of that many keys."""
-    rows = problem.rows
+    chunk = chunk_parameter("row_chunk", problem, device, gathered_bytes(problem), problem.rows)
     return (
         Parameter("bucket_rounding", (16, 64, 256), 64),
-        chunk_parameter("row_chunk", problem, device, gathered_bytes(problem), rows),
-        reserve_parameter("reserve_rows", rows),
+        chunk,
+        reserve_parameter("reserve_rows", int(chunk.default) or problem.rows),
         reserve_parameter("reserve_length", problem.row_width),
     )
 

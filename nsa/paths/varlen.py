@@ -69,11 +69,12 @@ def tunables(problem: SelectionProblem, device: torch.device) -> tuple[Parameter
     copies = 2 + (problem.h if default == "segment" else 0)
     wide = packed_width(default, problem.Dk, problem.Dv)
     packed = msgspec.structs.replace(problem, Dk=max(problem.Dk, wide), Dv=max(problem.Dv, wide))
+    chunk = chunk_parameter("row_chunk", problem, device, gathered_bytes(packed) * copies // 2, problem.rows)
     return (
         Parameter("backend", backends, default),
-        chunk_parameter("row_chunk", problem, device, gathered_bytes(packed) * copies // 2, problem.rows),
+        chunk,
         reserve_parameter("reserve_rows", problem.rows),
-        reserve_parameter("reserve_keys", problem.rows * problem.row_width),
+        reserve_parameter("reserve_keys", (int(chunk.default) or problem.rows) * problem.row_width),
     )
 
 

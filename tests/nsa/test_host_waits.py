@@ -32,7 +32,10 @@ def host_waits(path: str, parameters: dict[str, Any]) -> list[str]:
     own = torch.arange(queries)[:, None] // size
     blocks = torch.where(own >= torch.arange(slots), own - torch.arange(slots), -1).to(torch.int32)
     selection = Selection.from_blocks(
-        blocks[None, :, None].expand(1, queries, 2, slots).contiguous().cuda(), block_size=size, context_length=queries
+        blocks[None, :, None].expand(1, queries, 2, slots).contiguous().cuda(),
+        block_size=size,
+        context_length=queries,
+        complete=True,
     )
     leaves = tensors(selection, queries, 4, 64, 64, torch.bfloat16)
     leaves = [leaf.detach().cuda().requires_grad_() for leaf in leaves]

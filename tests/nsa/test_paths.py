@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import nsa
 from nsa.paths import PATHS, reference
+from nsa.problem import SelectionProblem
 from nsa.selection import Selection
 from nsa.workspace import Workspace
 from tests.nsa.cases import keys_of, selections, tensors
@@ -251,3 +252,15 @@ def fixed_selection(block_size=8):
     blocks[0, 0, 0] = -1
     blocks[1, 6, 1] = count - 1
     return Selection.from_blocks(blocks, block_size=block_size, context_length=45)
+
+
+@pytest.mark.parametrize(("path", "reserve"), [("varlen", "reserve_keys"), ("packed", "reserve_rows")])
+def test_a_reserve_is_for_one_chunk_and_not_for_the_whole_prompt(path: str, reserve: str) -> None:
+    """At 128k all rows' gathered keys are 256 GiB, and a reserve of them cannot be had anywhere."""
+    large = SelectionProblem(
+        mode="prefill", dtype="bfloat16", B=1, S=131072, T=131072, G=4, h=16, Dk=128, Dv=128, block_size=64, topk=16
+    )
+    items = {item.name: item for item in PATHS[path].tunables(large, torch.device("cuda"))}
+    rows = int(items["row_chunk"].default)
+    assert 0 < rows < large.rows
+    assert items[reserve].ladder[1] == rows * (large.row_width if path == "varlen" else 1)
