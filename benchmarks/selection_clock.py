@@ -1,4 +1,4 @@
-"""Times of ``benchmarks/selection.py``: one launch by events, the host's share, replays of a graph."""
+"""Times of ``benchmarks/selection.py``: one call by events, the host's share, replays of a graph."""
 
 from __future__ import annotations
 
@@ -10,20 +10,25 @@ from torch import Tensor
 
 from tuner.inputs import Inputs
 
+READS = 20
+"""Of the flush before a timed call: about 1.5 ms, in which the host launches the call, so that its share is not in the
+events. A flush that writes would leave its lines for the timed call to write back."""
+
 
 class Clock:
     """Times calls, on a GPU by events or by the host, on a CPU by the host."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
-        self.flush = torch.empty(2**26 if self.cuda else 1, dtype=torch.int32, device=device)
+        self.flush = torch.zeros(2**26 if self.cuda else 1, dtype=torch.int32, device=device)
 
     def event_us(self, call: Callable[[], object]) -> float:
-        """One call on an idle device with L2 flushed."""
+        """One call with L2 flushed, launched while the device still reads the flush."""
         if not self.cuda:
             return self.host_us(call, 1)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.flush.zero_()
+        for _ in range(READS):
+            torch.sum(self.flush)
         begin.record()
         call()
         end.record()
