@@ -140,8 +140,8 @@ def failures() -> tuple[type[BaseException], ...]:
 
 
 def measure(kind: str, ready: list[tuple[Candidate, Inputs, Callable[[], object]]], rotation: list[Inputs],
-            clock: Clock, budget_s: float) -> list[dict[str, list[float]]]:  # fmt: skip
-    """Samples by measure for each candidate, in shared rounds of random order."""
+            clock: Clock, budget_s: float) -> list[dict[str, Any]]:  # fmt: skip
+    """Samples by measure for each candidate, in shared rounds of random order, and what its graph captured."""
     measures: list[dict[str, Callable[[], float]]] = []
     for candidate, inputs, call in ready:
         mine: dict[str, Callable[[], float]] = {"event_us": lambda call=call: clock.event_us(call)}
@@ -151,7 +151,7 @@ def measure(kind: str, ready: list[tuple[Candidate, Inputs, Callable[[], object]
             mine["warm_us"] = Replay(candidate.run, [inputs] * 20, clock)
             mine["cold_us"] = Replay(candidate.run, turned, clock)
         measures.append(mine)
-    samples = [{name: [] for name in mine} for mine in measures]
+    samples: list[dict[str, Any]] = [{name: [] for name in mine} for mine in measures]
     start = time.perf_counter()
     for done in range(25 if clock.cuda else 1):
         for i in random.sample(range(len(measures)), len(measures)):
@@ -159,6 +159,9 @@ def measure(kind: str, ready: list[tuple[Candidate, Inputs, Callable[[], object]
                 samples[i][name].append(take())
         if done >= 4 and time.perf_counter() - start > budget_s:
             break
+    for mine, found in zip(measures, samples, strict=True):
+        if isinstance(replay := mine.get("cold_us"), Replay):
+            found["captured"] = replay.captured
     return samples
 
 
@@ -199,6 +202,8 @@ def bench(name: str, kind: str, candidates: list[Candidate], clock: Clock, devic
     for record in records:
         if record["outcome"] == "ok":
             samples = next(timed)
+            if "captured" in samples:
+                record["captured"] = samples.pop("captured")
             record |= {label: round(statistics.median(values), 2) for label, values in samples.items()}
             record["rounds"] = len(samples["event_us"])
     return records

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+import nsa
 from tuner.inputs import Inputs
 
 READS = 20
@@ -55,7 +56,10 @@ class Clock:
 
 
 class Replay:
-    """A graph of one call per entry of ``inputs``, and all that it reads and writes, kept as long as itself."""
+    """A graph of one call per entry of ``inputs``, and all that it reads and writes, kept as long as itself.
+
+    ``captured``: path and parameters that ran in the capture, if they are ours.
+    """
 
     def __init__(self, run: Callable[[Inputs], Tensor], inputs: list[Inputs], clock: Clock) -> None:
         self.inputs, self.clock = inputs, clock
@@ -63,8 +67,9 @@ class Replay:
             run(inputs[0])
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with nsa.record_paths() as seen, torch.cuda.graph(self.graph):
             self.outputs = [run(case) for case in inputs]
+        self.captured = {"path": seen.executed[-1].path, **seen.executed[-1].parameters} if seen.executed else {}
         self()
 
     def __call__(self) -> float:
