@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from ..errors import UnsupportedPathError
 from ..selection import Selection
 from ..trace import ParameterValue
 from .gradient_products import nsa_gradient_block, nsa_gradient_rows
@@ -30,6 +31,8 @@ WALK_BYTES = 2**25
 ELEMENTS = 2048
 """Elements of a query gradient that one program adds up."""
 COLUMNS = 32
+ORDER = 1
+PAIRED = True
 """Columns of a key or value gradient that one program adds up."""
 
 Forward = Callable[[Tensor, Tensor, Tensor, Selection, float, Tensor | None], Tensor]
@@ -52,6 +55,7 @@ def backward(
     backward_warps: ParameterValue = 4,
     backward_stages: ParameterValue = 3,
     backward_registers: ParameterValue = 0,
+    backward_loads: ParameterValue = "pointer",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; ``out`` (B, S, G, h, Dv) and ``logsum`` (B, S, G, h) are the forward's."""
     batch, queries, groups, heads, width = query.shape
@@ -66,6 +70,8 @@ def backward(
     units = min(lists.spans, triton.cdiv(span_tokens, lists.span_tokens))
     held = units * lists.span_tokens
     grad = grad.contiguous()
+    if backward_loads == "ring" and grad.data_ptr() % 16:
+        grad = grad.clone()
     known_of_rows = torch.empty(logsum.numel() * 4, dtype=torch.float32, device=device)
     single = lists.spans <= units
     sums = torch.float32
@@ -82,13 +88,17 @@ def backward(
     tile = min(lists.tile, max(1, ELEMENTS // (padded * power_of_two(width, 16))))
     name = call_key(
         query, key, value, selection, "gradient", grad.dtype, grad.data_ptr() & 15, out.data_ptr() & 15, tokens,
-        lists.span_tokens, single, wide, part_dtype, backward_warps, backward_stages, backward_registers,
+        lists.span_tokens, single, wide, part_dtype, backward_warps, backward_stages,
+        backward_registers, backward_loads,
     )  # fmt: skip
     known = plans(name)
     if not known:
-        known.update(
-            _plan({**constants, "WIDE": wide}, tokens, tile, lists, backward_warps, backward_stages, backward_registers)
-        )
+        options = {
+            "num_warps": int(backward_warps),
+            "num_stages": int(backward_stages),
+            "maxnreg": int(backward_registers) or None,
+        }
+        known.update(_plan({**constants, "WIDE": wide}, tokens, tile, lists, options, backward_loads == "ring"))
     known["rows"](
         triton.cdiv(logsum.numel(), 32),
         out, grad, logsum, length, positions, known_of_rows, queries, keys, groups * heads, logsum.numel(),
@@ -114,30 +124,48 @@ def backward(
     return query_grad, key_grad.to(key.dtype), value_grad.to(value.dtype)
 
 
+def aligned(query: Tensor) -> None:
+    """Raises UnsupportedPathError where ``gradient_ring`` cannot copy rows of the query in pieces of 16 bytes."""
+    if query.data_ptr() % 16 or any(stride % 16 for stride in query.stride()[:4]):
+        raise UnsupportedPathError(
+            "backward_loads='ring' needs a query whose start is a multiple of 16 bytes and whose strides are of 16 "
+            f"elements, got strides {query.stride()}; take backward_loads='pointer'"
+        )
+
+
 def _plan(
     constants: dict[str, Any],
     tokens: int,
     tile: int,
     lists: Lists,
-    warps: ParameterValue,
-    stages: ParameterValue,
-    registers: ParameterValue,
+    options: dict[str, Any],
+    ring: bool,
 ) -> dict[str, Plan]:
     """The launches of one backward."""
     sizes = {name: constants[name] for name in ("H", "HP", "N", "NP", "DK", "DK0", "DK1")}
     adding = {name: constants[name] for name in ("DK", "DV", "BS")}
     of_rows = {name: constants[name] for name in ("DV", "DVP", "TENSOR_LENGTH")}
-    options = {"num_warps": int(warps), "num_stages": int(stages), "maxnreg": int(registers) or None}
     few = {"num_warps": 4}
     keys = {
         name: Plan(nsa_gradient_key, {**adding, "TILE": COLUMNS, "ADD": name == "key_add"}, {**few, "num_stages": 4})
         for name in ("key", "key_add")
     }
+    block = Plan(nsa_gradient_block, {**constants, "TOKENS": tokens, "SPAN": lists.span_tokens}, options)
+    paired = ring and PAIRED and constants["H"] % 2 == 0
+    if ring:
+        from .gradient_ring import nsa_gradient_ring  # needs Gluon, which the interpreter has not
+
+        names = ("H", "HP", "N", "NP", "DK", "DK0", "DK1", "DV", "BS", "TENSOR_LENGTH")
+        own = {"TOKENS": tokens, "SPAN": lists.span_tokens, "STAGES": options["num_stages"]}
+        own |= {"ORDER": ORDER, "PAIRED": paired}
+        block = Plan(nsa_gradient_ring, {**{name: constants[name] for name in names}, **own}, options)
     return {
         "rows": Plan(nsa_gradient_rows, {**of_rows, "TILE": 32}, few),
-        "block": Plan(nsa_gradient_block, {**constants, "TOKENS": tokens, "SPAN": lists.span_tokens}, options),
+        "block": block,
         "query": Plan(
-            nsa_gradient_query, {**sizes, "TILE": tile, "SPAN": lists.span_tokens, "M": tokens * constants["HP"]}, few
+            nsa_gradient_query,
+            {**sizes, "TILE": tile, "SPAN": lists.span_tokens, "M": tokens * constants["HP"], "PAIRED": paired},
+            few,
         ),
         **keys,
     }
@@ -185,11 +213,14 @@ def attention(
 ) -> Tensor:
     """``launch(query, key, value, selection, scale, logsum or None)``, differentiable where gradients are wanted.
 
-    Kernels take the largest raw score for the largest scaled one, so a negative scale moves into the query.
+    Kernels take the largest raw score for the largest scaled one, so a negative scale moves into the query. Raises
+    UnsupportedPathError where the backward that is asked for could not load the query.
     """
     if scale < 0:
         query, scale = -query, -scale
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        if parameters.get("backward_loads") == "ring":
+            aligned(query)
         out: Tensor = SelectionFunction.apply(query, key, value, selection, scale, launch, parameters)  # type: ignore[no-untyped-call]
         return out
     return launch(query, key, value, selection, scale, None)

@@ -8,9 +8,15 @@ import triton.language as tl
 
 
 @triton.jit
-def in_order(part, TILE: tl.constexpr, HP: tl.constexpr, PADDED: tl.constexpr, M: tl.constexpr):
-    """Columns of (TILE, HP, PADDED) as they were before ``gradient_products.store_query_part`` with M rows."""
-    if M % 64 == 0 and PADDED % 32 == 0:
+def in_order(
+    part, TILE: tl.constexpr, HP: tl.constexpr, PADDED: tl.constexpr, M: tl.constexpr, PAIRED: tl.constexpr
+):  # fmt: skip
+    """Columns of (TILE, HP, PADDED) as they were before ``gradient_products.store_query_part`` with M rows, or PAIRED
+    ``gradient_ring.store_query_part``."""
+    if PAIRED:
+        part = part.reshape(TILE, HP // 2, 4, 8, 2, PADDED // 64, 2)  # warp, column, one, tile, half
+        part = tl.permute(part, (0, 1, 4, 5, 2, 6, 3)).reshape(TILE, HP, PADDED)
+    elif M % 64 == 0 and PADDED % 32 == 0:
         part = part.reshape(TILE, HP, PADDED // 32, 4, 4, 2)  # group, pair, eight, one
         part = tl.permute(part, (0, 1, 2, 4, 3, 5)).reshape(TILE, HP, PADDED)
     elif M % 8 == 0 and PADDED % 64 == 0:
@@ -22,22 +28,25 @@ def in_order(part, TILE: tl.constexpr, HP: tl.constexpr, PADDED: tl.constexpr, M
 @triton.jit
 def sum_of_partials(
     PART_Q, PLACES, chosen, unit, real, heads, COLUMN: tl.constexpr, PADDED: tl.constexpr, H: tl.constexpr,
-    HP: tl.constexpr, N: tl.constexpr, DK: tl.constexpr, TILE: tl.constexpr, M: tl.constexpr,
+    HP: tl.constexpr, N: tl.constexpr, DK: tl.constexpr, TILE: tl.constexpr, M: tl.constexpr, PAIRED: tl.constexpr,
 ):  # fmt: skip
     """(TILE, HP, PADDED) float32: partials of some tokens, columns COLUMN .. COLUMN + PADDED in their own order."""
     UNROLL: tl.constexpr = min(N, 8)
     columns = COLUMN + tl.arange(0, PADDED)
     inside = (columns < DK)[None, None, :]
+    spot = heads * DK
+    if PAIRED:
+        spot = heads // 2 * (2 * DK) + heads % 2 * PADDED + COLUMN
     total = tl.zeros([TILE, HP, PADDED], tl.float32)
     for slot in tl.range(0, N, loop_unroll_factor=UNROLL):
         here = ((chosen >> slot) & 1) == 1
         place = unit + tl.load(PLACES + slot, mask=here, other=0)
-        source = (place[:, None] * H + heads[None, :]) * DK
+        source = place[:, None] * (H * DK) + spot[None, :]
         here = here[:, None] & real
         part = tl.load(PART_Q + source[:, :, None] + columns[None, None, :], mask=here[:, :, None] & inside, other=0.0)
         total += part.to(tl.float32)
     if COLUMN + PADDED <= DK:
-        total = in_order(total, TILE, HP, PADDED, M)
+        total = in_order(total, TILE, HP, PADDED, M, PAIRED)
     return total
 
 
@@ -45,7 +54,7 @@ def sum_of_partials(
 def nsa_gradient_query(
     PART_Q, PLACES, CHOSEN, DQ, S, G, first_token, held, scale,
     H: tl.constexpr, HP: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, DK: tl.constexpr, DK0: tl.constexpr,
-    DK1: tl.constexpr, TILE: tl.constexpr, SPAN: tl.constexpr, M: tl.constexpr,
+    DK1: tl.constexpr, TILE: tl.constexpr, SPAN: tl.constexpr, M: tl.constexpr, PAIRED: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * G * tiles,): a row's query gradient is ``scale`` times the sum of its partials, of which those of
     ``held`` tokens are there."""
@@ -61,12 +70,12 @@ def nsa_gradient_query(
     unit = ((bg * held + local) // SPAN) * (SPAN * N)
     row = ((((bg // G) * S + s) * G + bg % G)[:, None] * H + heads[None, :]) * DK
     columns0 = tl.arange(0, DK0)
-    total0 = sum_of_partials(PART_Q, places, chosen, unit, real, heads, 0, DK0, H, HP, N, DK, TILE, M)
+    total0 = sum_of_partials(PART_Q, places, chosen, unit, real, heads, 0, DK0, H, HP, N, DK, TILE, M, PAIRED)
     tl.store(DQ + row[:, :, None] + columns0[None, None, :], (total0 * scale).to(DQ.dtype.element_ty),
              mask=real[:, :, None] & (columns0 < DK)[None, None, :])  # fmt: skip
     if DK1 > 0:
         columns1 = DK0 + tl.arange(0, DK1)
-        total1 = sum_of_partials(PART_Q, places, chosen, unit, real, heads, DK0, DK1, H, HP, N, DK, TILE, M)
+        total1 = sum_of_partials(PART_Q, places, chosen, unit, real, heads, DK0, DK1, H, HP, N, DK, TILE, M, PAIRED)
         tl.store(DQ + row[:, :, None] + columns1[None, None, :], (total1 * scale).to(DQ.dtype.element_ty),
                  mask=real[:, :, None] & (columns1 < DK)[None, None, :])  # fmt: skip
 

@@ -136,7 +136,7 @@ def block_bytes(problem: SelectionProblem) -> int:
     return problem.block_size * (padded(problem.Dk, 16) + padded(problem.Dv, 16)) * problem.item_bytes
 
 
-def backward_ladders(problem: SelectionProblem) -> list[Ladder]:
+def backward_ladders(path: str, problem: SelectionProblem, device: torch.device) -> list[Ladder]:
     """The tunables of the common backward, for problems of mode ``train``.
 
     One stage is left out: Triton 3.6 compiles the products of the unpipelined loop to shared reads out of bounds
@@ -145,6 +145,7 @@ def backward_ladders(problem: SelectionProblem) -> list[Ladder]:
     """
     if problem.mode != "train":
         return []
+    ring = ring_reason(path, problem, device) is None
     row_bytes = (padded(problem.Dk, 16) + padded(problem.Dv, 16)) * problem.item_bytes
     pair_rows = problem.B * problem.S * problem.G * problem.topk * padded(problem.h)
     rows = 64 if row_bytes < 512 else 32 if row_bytes == 512 else 16
@@ -157,27 +158,57 @@ def backward_ladders(problem: SelectionProblem) -> list[Ladder]:
         {"name": "backward_warps", "ladder": (4, 8), "default": 4},
         {"name": "backward_stages", "ladder": (2, 3, 4), "default": 3 if row_bytes < 1024 else 2},
         {"name": "backward_registers", "ladder": (0, 128, 168), "default": 0},
+        {"name": "backward_loads", "ladder": ("pointer", "ring") if ring else ("pointer",), "default": "pointer"},
     ]
 
 
-def backward_reason(path: str, problem: SelectionProblem, parameters: Mapping[str, ParameterValue]) -> str | None:
+def backward_reason(
+    path: str, problem: SelectionProblem, device: torch.device, parameters: Mapping[str, ParameterValue]
+) -> str | None:
     """Why the common backward cannot run with these parameters; None if it can, or is not asked for."""
     if problem.mode != "train":
         return None
     rows = max(int(parameters.get("backward_rows", 32)), padded(problem.h))
     stages = int(parameters.get("backward_stages", 3))
     row_bytes = (padded(problem.Dk, 16) + padded(problem.Dv, 16)) * problem.item_bytes
+    if parameters.get("backward_loads", "pointer") == "ring":
+        if why := ring_reason(path, problem, device):
+            return why
+        if rows > 32 or stages < 3 or int(parameters.get("backward_warps", 4)) != 4:
+            return f"{path} with backward_loads='ring' needs up to 32 rows, 3 stages or more and 4 warps"
     return shared_reason(
         path + " backward", block_bytes(problem) + stages * rows * row_bytes + 2 * rows * problem.block_size * 4
     )
 
 
-def required(path: str, problem: SelectionProblem, device: torch.device, **more: int) -> dict[str, int]:
-    """One launch of a path's kernel, ``more`` others by name, and in mode train the backward's. Nothing under the
-    interpreter, which leaves no trace."""
+def ring_reason(path: str, problem: SelectionProblem, device: torch.device) -> str | None:
+    """Why the backward's kernel ``gradient_ring`` cannot run the problem on the device; None if it can."""
+    name = f"{path} with backward_loads='ring'"
+    if device.type != "cuda":
+        return f"{name} needs a CUDA device"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] != 9:
+        return f"{name} is written for compute capability 9.0"
+    if problem.dtype not in ("float16", "bfloat16"):
+        return f"{name} needs float16 or bfloat16, got {problem.dtype}"
+    if problem.Dk not in (64, 128, 192) or problem.Dv not in (64, 128):
+        return f"{name} needs head dims of 64 or 128, of keys also 192, got {problem.Dk} and {problem.Dv}"
+    if problem.block_size != 64:
+        return f"{name} needs a block_size of 64, got {problem.block_size}"
+    if padded(problem.h) not in (8, 16, 32):
+        return f"{name} needs 5 to 32 query heads per group, got {problem.h}"
+    return None
+
+
+def required(
+    path: str, problem: SelectionProblem, device: torch.device, parameters: Mapping[str, ParameterValue], **more: int
+) -> dict[str, int]:
+    """One launch of a path's kernel, ``more`` others by name, and in mode train those of its backward. Nothing under
+    the interpreter, which leaves no trace."""
     if device.type != "cuda":
         return {}
     backward = BACKWARD if problem.mode == "train" else {}
+    if backward and parameters.get("backward_loads") == "ring":
+        backward = {name.replace("block", "ring"): count for name, count in BACKWARD.items()}
     return {KERNELS[path]: 1} | {rf"^{name}$": count for name, count in (more | backward).items()}
 
 

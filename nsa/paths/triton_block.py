@@ -32,7 +32,7 @@ def tunables(problem: SelectionProblem, device: torch.device) -> tuple[Parameter
         Parameter("warps", (4, 8), 4),
         Parameter("stages", (2, 3, 4), 2),
         Parameter(**support.loads_ladder("triton_block", problem, device)),
-        *(Parameter(**ladder) for ladder in support.backward_ladders(problem)),
+        *(Parameter(**ladder) for ladder in support.backward_ladders("triton_block", problem, device)),
     )
 
 
@@ -45,7 +45,9 @@ def unsupported(problem: SelectionProblem, device: torch.device, parameters: Par
     rows = max(int(parameters.get("rows", 64)), support.padded(problem.h))
     row_bytes = support.padded(problem.Dk, 16) * problem.item_bytes
     needed = support.block_bytes(problem) + int(parameters.get("stages", 3)) * rows * row_bytes
-    return support.shared_reason("triton_block", needed) or support.backward_reason("triton_block", problem, parameters)
+    return support.shared_reason("triton_block", needed) or support.backward_reason(
+        "triton_block", problem, device, parameters
+    )
 
 
 def evidence(
@@ -56,7 +58,7 @@ def evidence(
     spans = span_count(problem, int(parameters.get("span", SPANS[-1])))
     sorting = {rf"^nsa_invert_{step}$": 1 if problem.mode != "train" else 0 for step in ("mark", "offsets", "fill")}
     kernels = {support.KERNELS["triton_block"]: spans, r"^nsa_block_merge$": spans, **sorting}
-    required = support.required("triton_block", problem, device)
+    required = support.required("triton_block", problem, device, parameters)
     return Evidence(required=required | kernels if required else {}, forbidden=support.forbidden("triton_block"))
 
 

@@ -39,7 +39,7 @@ def tunables(problem: SelectionProblem, device: torch.device) -> tuple[Parameter
         Parameter("stages", (2, 3, 4), 3 if 3 * support.block_bytes(problem) <= support.SHARED_BYTES else 2),
         Parameter(**support.loads_ladder("triton_decode", problem, device)),
         Parameter("dependent", (False, True) if early else (False,), graph and early),
-        *(Parameter(**ladder) for ladder in support.backward_ladders(problem)),
+        *(Parameter(**ladder) for ladder in support.backward_ladders("triton_decode", problem, device)),
     )
 
 
@@ -63,7 +63,7 @@ def unsupported(problem: SelectionProblem, device: torch.device, parameters: Par
     step = min(int(parameters.get("step", 128)), problem.block_size)
     needed = int(parameters.get("stages", 2)) * support.block_bytes(problem) * step // problem.block_size
     return support.shared_reason("triton_decode", needed) or support.backward_reason(
-        "triton_decode", problem, parameters
+        "triton_decode", problem, device, parameters
     )
 
 
@@ -72,7 +72,7 @@ def evidence(
 ) -> Evidence:
     """One launch of its kernel, and one of the combination where that is a launch; the interpreter leaves no trace."""
     combined = parameters.get("combine") == "launch" and int(parameters.get("splits", 1)) > 1
-    required = support.required("triton_decode", problem, device)
+    required = support.required("triton_decode", problem, device, parameters)
     absent = (*support.forbidden("triton_decode"), *(() if combined else (COMBINE,)))
     return Evidence(required=required | ({COMBINE: 1} if combined and device.type == "cuda" else {}), forbidden=absent)
 

@@ -26,7 +26,7 @@ def tunables(problem: SelectionProblem, device: torch.device) -> tuple[Parameter
         Parameter("stages", (2, 3, 4), 2),
         Parameter("order", ("group", "token"), "group"),
         Parameter(**support.loads_ladder("triton_token", problem, device)),
-        *(Parameter(**ladder) for ladder in support.backward_ladders(problem)),
+        *(Parameter(**ladder) for ladder in support.backward_ladders("triton_token", problem, device)),
     )
 
 
@@ -38,14 +38,16 @@ def unsupported(problem: SelectionProblem, device: torch.device, parameters: Par
         return reason
     step = min(int(parameters.get("step", problem.block_size)), problem.block_size)
     needed = int(parameters.get("stages", 2)) * support.block_bytes(problem) * step // problem.block_size
-    return support.shared_reason("triton_token", needed) or support.backward_reason("triton_token", problem, parameters)
+    return support.shared_reason("triton_token", needed) or support.backward_reason(
+        "triton_token", problem, device, parameters
+    )
 
 
 def evidence(
     problem: SelectionProblem, device: torch.device, parameters: Parameters, lengths: Sequence[int]
 ) -> Evidence:
     """One launch of its kernel; the interpreter leaves no trace."""
-    required = support.required("triton_token", problem, device)
+    required = support.required("triton_token", problem, device, parameters)
     return Evidence(required=required, forbidden=support.forbidden("triton_token"))
 
 

@@ -30,7 +30,7 @@ def tunables(problem: SelectionProblem, device: torch.device) -> tuple[Parameter
         Parameter("stages", (2, 3, 4), 3 if problem.dtype == "bfloat16" else 2),
         Parameter("order", ("position", "overlap"), "overlap" if problem.overlap == "low" else "position"),
         Parameter(**support.loads_ladder("triton_union", problem, device)),
-        *(Parameter(**ladder) for ladder in support.backward_ladders(problem)),
+        *(Parameter(**ladder) for ladder in support.backward_ladders("triton_union", problem, device)),
     )
 
 
@@ -60,7 +60,9 @@ def unsupported(problem: SelectionProblem, device: torch.device, parameters: Par
     step = min(int(parameters.get("step", 32)), problem.block_size)
     needed = int(parameters.get("stages", 2)) * support.block_bytes(problem) * step // problem.block_size
     needed += rows * support.padded(problem.Dk, 16) * problem.item_bytes
-    return support.shared_reason("triton_union", needed) or support.backward_reason("triton_union", problem, parameters)
+    return support.shared_reason("triton_union", needed) or support.backward_reason(
+        "triton_union", problem, device, parameters
+    )
 
 
 def evidence(
@@ -73,7 +75,7 @@ def evidence(
         launches["nsa_union_entries"] = 1
         if parameters.get("order") == "overlap":
             launches["nsa_union_order"] = 1
-    required = support.required("triton_union", problem, device, **launches)
+    required = support.required("triton_union", problem, device, parameters, **launches)
     return Evidence(required=required, forbidden=support.forbidden("triton_union"))
 
 

@@ -1,0 +1,303 @@
+"""``gradient_products.nsa_gradient_block`` for compute capability 9.0, in Gluon: no product waits for another.
+
+Scores stand transposed, (keys, rows). A turn's three products are in flight together, and behind them the two score
+products of the turn after, which run while the partial query gradients are stored. Nothing is in flight over the loop's
+edge, where ptxas would run products one by one.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import constexpr_function
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+
+from .layout import context_length
+
+
+@constexpr_function
+def columns_layout(rows, columns):
+    """(rows, columns): rows as an accumulator holds them as columns, ``columns`` of a row in one thread."""
+    across = [[0, 1 << bit] for bit in range(columns.bit_length() - 1)]
+    along = [[1 << bit, 0] for bit in (0, *range(3, rows.bit_length() - 1))]
+    lanes = [[2, 0], [4, 0], [0, 0], [0, 0], [0, 0]]
+    return gl.DistributedLinearLayout(across + along, lanes, [[0, 0], [0, 0]], [], [rows, columns])
+
+
+@constexpr_function
+def tokens_layout(tokens, heads):
+    """(tokens, heads): rows as an accumulator holds them as columns, by token and head."""
+    bits = [[0, 1 << bit] for bit in range(heads.bit_length() - 1)]
+    bits += [[1 << bit, 0] for bit in range(tokens.bit_length() - 1)]
+    lanes = [*bits[1:3], *[[0, 0]] * 3] if heads > 1 else [[0, 0]] * 5
+    own = [*bits[:1], *bits[3:]] if heads > 1 else bits
+    return gl.DistributedLinearLayout(own, lanes, [[0, 0], [0, 0]], [], [tokens, heads])
+
+
+@gluon.jit
+def copy_rows(base, s, stride, head_stride, ring, slot, H: gl.constexpr, HP: gl.constexpr, COLUMN: gl.constexpr,
+              WIDTH: gl.constexpr, L: gl.constexpr):  # fmt: skip
+    """Start copying heads of tokens ``s`` (rows,), columns COLUMN .. COLUMN + WIDTH, into a slot (rows, WIDTH)."""
+    head = gl.arange(0, s.shape[0], s.type.layout) % HP
+    columns = gl.arange(0, WIDTH, gl.SliceLayout(0, L)) + COLUMN
+    place = (base + s.to(gl.int64) * stride)[:, None] + ((head * head_stride)[:, None] + columns[None, :])
+    if H < HP:
+        async_copy.async_copy_global_to_shared(ring.index(slot), place, mask=(head < H)[:, None])
+    else:
+        async_copy.async_copy_global_to_shared(ring.index(slot), place)
+
+
+@gluon.jit
+def spread(s, TOKENS: gl.constexpr, HP: gl.constexpr, L: gl.constexpr, L3: gl.constexpr):
+    """Tokens (TOKENS,) as those of rows (TOKENS * HP,), without an exchange between threads."""
+    s = gl.convert_layout(s, gl.SliceLayout(1, gl.SliceLayout(2, L3)), assert_trivial=True)
+    s = s[:, None].broadcast_to([TOKENS, HP]).reshape([TOKENS * HP])
+    return gl.convert_layout(s, gl.SliceLayout(1, L), assert_trivial=True)
+
+
+@gluon.jit
+def fetch(
+    base, GRAD, s, row, slot, sqs, sqh, G, q0ring, q1ring, gring,
+    H: gl.constexpr, HP: gl.constexpr, DK0: gl.constexpr, DK1: gl.constexpr, DV: gl.constexpr, TOKENS: gl.constexpr,
+):  # fmt: skip
+    """Start copying queries and output gradients of tokens ``s`` (TOKENS,) into a slot."""
+    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    HALF: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    WIDE3: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 2, 16], [1, 4, 1], [2, 1, 0])
+    HALF3: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 4, 8], [1, 4, 1], [2, 1, 0])
+    if DK0 == 128:
+        wide = spread(s, TOKENS, HP, WIDE, WIDE3)
+        copy_rows(base, wide, sqs, sqh, q0ring, slot, H, HP, 0, DK0, WIDE)
+    else:
+        half = spread(s, TOKENS, HP, HALF, HALF3)
+        copy_rows(base, half, sqs, sqh, q0ring, slot, H, HP, 0, DK0, HALF)
+    if DK1 > 0:
+        half = spread(s, TOKENS, HP, HALF, HALF3)
+        copy_rows(base, half, sqs, sqh, q1ring, slot, H, HP, DK0, DK1, HALF)
+    if DV == 128:
+        wide = spread(s, TOKENS, HP, WIDE, WIDE3)
+        copy_rows(GRAD, row + wide * G, H * DV, DV, gring, slot, H, HP, 0, DV, WIDE)
+    else:
+        half = spread(s, TOKENS, HP, HALF, HALF3)
+        copy_rows(GRAD, row + half * G, H * DV, DV, gring, slot, H, HP, 0, DV, HALF)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def rows_of_keys(SOURCE, b, g, first, left, sb, sg, st, COLUMN: gl.constexpr, WIDTH: gl.constexpr, BS: gl.constexpr):
+    """Shared (BS, WIDTH): keys from ``first`` on, of which ``left`` exist, columns from COLUMN on."""
+    LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+    keys = gl.arange(0, BS, gl.SliceLayout(1, LOAD))
+    columns = gl.arange(0, WIDTH, gl.SliceLayout(0, LOAD))
+    base = SOURCE + b.to(gl.int64) * sb + g.to(gl.int64) * sg + first.to(gl.int64) * st + COLUMN
+    tile = gl.load(base + (keys[:, None] * st + columns[None, :]), mask=(keys < left)[:, None], other=0.0)
+    return gl.allocate_shared_memory(tile.dtype, [BS, WIDTH], gl.NVMMASharedLayout(128, 16, 2), tile)
+
+
+@gluon.jit
+def known_of_rows(ring, slot, TOKENS: gl.constexpr, HP: gl.constexpr, ROW: gl.constexpr):
+    """(log-sum-exp, delta, limit) of a slot's rows."""
+    M: gl.constexpr = TOKENS * HP
+    both = ring.index(slot).slice(0, 2, dim=1).load(columns_layout(M, 2))
+    logsum, delta = gl.split(both)
+    tokens = ring._reinterpret(gl.float32, [ring.shape[0], TOKENS, HP * 4], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    limit = tokens.index(slot).slice(2, 1, dim=1).load(tokens_layout(TOKENS, 1))
+    spread: gl.constexpr = gl.SliceLayout(1, tokens_layout(TOKENS, HP))
+    limit = gl.convert_layout(limit.reshape([TOKENS]), spread, assert_trivial=True).to(gl.int32, bitcast=True)
+    limit = limit[:, None].broadcast_to([TOKENS, HP]).reshape([M])
+    return gl.convert_layout(logsum, ROW), gl.convert_layout(delta, ROW), gl.convert_layout(limit, ROW)
+
+
+@constexpr_function
+def parts_layout(units, last):
+    """(4, 8, 4, units, last): lanes hold the first two dims, warps the third, a thread the others."""
+    own = [[0, 0, 0, 0, 1 << bit] for bit in range(last.bit_length() - 1)]
+    own += [[0, 0, 0, 1 << bit, 0] for bit in range(units.bit_length() - 1)]
+    lanes = [[1, 0, 0, 0, 0], [2, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 2, 0, 0, 0], [0, 4, 0, 0, 0]]
+    return gl.DistributedLinearLayout(own, lanes, [[0, 0, 1, 0, 0], [0, 0, 2, 0, 0]], [], [4, 8, 4, units, last])
+
+
+@gluon.jit
+def store_query_part(
+    dq, target, left, M: gl.constexpr, H: gl.constexpr, HP: gl.constexpr, DK: gl.constexpr, COLUMN: gl.constexpr,
+    PADDED: gl.constexpr, PAIRED: gl.constexpr,
+):  # fmt: skip
+    """Store partial query gradients (PADDED, M) of the first ``left`` tokens as threads hold them: in the order of
+    ``gradient_products.store_query_part``, or PAIRED, two heads' in one piece."""
+    ROWS: gl.constexpr = 2 if PAIRED else 1
+    UNITS: gl.constexpr = M // (4 * ROWS)
+    LAST: gl.constexpr = ROWS * (PADDED // 32)
+    L: gl.constexpr = parts_layout(UNITS, LAST)
+    part = dq.reshape([PADDED // 64, 4, 2, 8, M // 8, 4, 2])  # tile, warp, half, column, eight, pair, one
+    part = gl.convert_layout(part.permute((5, 3, 1, 4, 6, 0, 2)).reshape([4, 8, 4, UNITS, LAST]), L)
+    pair = gl.arange(0, 4, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, L)))))
+    column = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, L)))))
+    warp = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, gl.SliceLayout(4, L)))))
+    unit = gl.arange(0, UNITS, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(4, L)))))
+    last = gl.arange(0, LAST, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, L)))))
+    pair = pair[:, None, None, None, None] * 2  # with an outer row's last bit, rows below 8: all of one token
+    outer = unit * 8 if PAIRED else unit // 2 * 8 + unit % 2
+    outer = outer[None, None, None, :, None]
+    keep = outer // HP < left
+    if H < HP:
+        keep = keep & (outer % HP + pair < H)
+    own = column[None, :, None, None, None] * LAST + warp[None, None, :, None, None] * (8 * LAST)
+    fixed = (outer // HP * H + outer % HP) * DK + last[None, None, None, None, :] + COLUMN * ROWS
+    gl.store((target + (own + pair * DK)) + fixed, part, mask=keep)
+
+
+@gluon.jit
+def scores(k0, k1, q0ring, q1ring, slot, none, DK1: gl.constexpr):
+    """Start the scores (keys, rows) of a slot."""
+    score = warpgroup_mma(k0, q0ring.index(slot).permute((1, 0)), none, use_acc=False, is_async=True)
+    if DK1 > 0:
+        score = warpgroup_mma(k1, q1ring.index(slot).permute((1, 0)), score, is_async=True)
+    return score
+
+
+@gluon.jit
+def falls(v, gring, slot, none):
+    """Start the products (keys, rows) of values and a slot's output gradients."""
+    return warpgroup_mma(v, gring.index(slot).permute((1, 0)), none, use_acc=False, is_async=True)
+
+
+@gluon.jit(do_not_specialize=["S", "T", "spans", "span", "units", "item_slots"])
+def nsa_gradient_ring(
+    Q, K, V, GRAD, ROWS, LENGTH, PAIRS, ITEMS, ITEM_COUNT, PART_Q, PART_KV,
+    S, T, G, spans, span, units, item_slots, scale2, sqb, sqs, sqg, sqh, skb, skg, skt, svb, svg, svt,
+    H: gl.constexpr, HP: gl.constexpr, N: gl.constexpr, NP: gl.constexpr, DK: gl.constexpr, DK0: gl.constexpr,
+    DK1: gl.constexpr, DV: gl.constexpr, BS: gl.constexpr, TENSOR_LENGTH: gl.constexpr, TOKENS: gl.constexpr,
+    SPAN: gl.constexpr, STAGES: gl.constexpr, ORDER: gl.constexpr, PAIRED: gl.constexpr,
+):  # fmt: skip
+    """Grid (B * G * units * item_slots,): as ``gradient_products.nsa_gradient_block``; a turn's rows are tokens
+    outside, heads inside. Copies of a turn land a turn before they are needed, and are fenced in that turn."""
+    M: gl.constexpr = TOKENS * HP
+    TYPE: gl.constexpr = Q.dtype.element_ty
+    SL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
+    KL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DK0, 16])
+    K1L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DK1 if DK1 > 0 else 16, 16])
+    VL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
+    ROW: gl.constexpr = gl.SliceLayout(0, SL)
+    ALL: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 1], [1, 32], [1, 4], [1, 0]))
+    FOUR: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [1, 4], [1, 0])
+    TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    pid = gl.program_id(0)
+    i = pid % item_slots
+    held = pid // item_slots
+    bg = held // units
+    of_bg = span + held % units
+    unit = (bg * spans + of_bg).to(gl.int64)
+    if i < gl.load(ITEM_COUNT + unit, mask=of_bg < spans, other=0):
+        g = bg % G
+        b = bg // G
+        item = ITEMS + (unit * item_slots + i) * 3
+        first = gl.load(item) * BS
+        low = gl.load(item + 1)
+        high = gl.load(item + 2)
+        pairs = PAIRS + unit * (SPAN * NP)
+        q0ring = gl.allocate_shared_memory(TYPE, [STAGES, M, DK0], TILE)
+        q1ring = q0ring
+        if DK1 > 0:
+            q1ring = gl.allocate_shared_memory(TYPE, [STAGES, M, DK1], TILE)
+        gring = gl.allocate_shared_memory(TYPE, [STAGES, M, DV], TILE)
+        rring = gl.allocate_shared_memory(gl.float32, [STAGES, M, 4], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+        base = Q + b.to(gl.int64) * sqb + g.to(gl.int64) * sqg
+        row = b * (S * G) + g
+        # past the end the last pair stands again: every copy is of a row that exists, and weighs nothing
+        tokens = gl.arange(0, TOKENS, ALL)
+        row_tokens = gl.arange(0, M, gl.SliceLayout(1, FOUR)) // HP
+        for s in gl.static_range(STAGES):
+            row_ahead = gl.load(pairs + gl.minimum(low + s * TOKENS + row_tokens, high - 1))
+            copy_rows(ROWS, row + row_ahead // NP * G, H * 4, 4, rring, s, H, HP, 0, 4, FOUR)
+            if s < STAGES - 1:
+                ahead = gl.load(pairs + gl.minimum(low + s * TOKENS + tokens, high - 1))
+                fetch(base, GRAD, ahead // NP, row, s, sqs, sqh, G, q0ring, q1ring, gring, H, HP, DK0, DK1, DV, TOKENS)
+        ahead = gl.load(pairs + gl.minimum(low + (STAGES - 1) * TOKENS + tokens, high - 1))
+        row_ahead = gl.load(pairs + gl.minimum(low + STAGES * TOKENS + row_tokens, high - 1))
+        length = gl.minimum(context_length(LENGTH, b, TENSOR_LENGTH), T)
+        k0 = rows_of_keys(K, b, g, first, length - first, skb, skg, skt, 0, DK0, BS)
+        k1 = k0
+        if DK1 > 0:
+            k1 = rows_of_keys(K, b, g, first, length - first, skb, skg, skt, DK0, DK1, BS)
+        v = rows_of_keys(V, b, g, first, length - first, svb, svg, svt, 0, DV, BS)
+        slopes = gl.allocate_shared_memory(TYPE, [BS, M], gl.NVMMASharedLayout(2 * M, 16, 2))
+        async_copy.wait_group(STAGES - 2)
+        fence_async_shared()
+        gl.thread_barrier()
+
+        dk0 = gl.zeros([BS, DK0], gl.float32, KL)
+        dk1 = gl.zeros([BS, DK1 if DK1 > 0 else 16], gl.float32, K1L)
+        dv = gl.zeros([BS, DV], gl.float32, VL)
+        key = first + gl.arange(0, BS, gl.SliceLayout(1, SL))
+        token = gl.arange(0, M, ROW) // HP
+        target = PART_Q + held.to(gl.int64) * (SPAN * N * H * DK)
+        none = gl.zeros([BS, M], gl.float32, SL)
+        score = scores(k0, k1, q0ring, q1ring, 0, none, DK1)
+        fall = falls(v, gring, 0, none)
+        score, fall = warpgroup_mma_wait(0, deps=(score, fall))
+        for start in range(low, high, TOKENS):
+            slot = (start - low) // TOKENS % STAGES
+            after = ((start - low) // TOKENS + 1) % STAGES
+            before = ((start - low) // TOKENS + STAGES - 1) % STAGES
+            async_copy.wait_group(STAGES - 3)
+            gl.thread_barrier()
+            logsum, delta, limit = known_of_rows(rring, slot, TOKENS, HP, ROW)
+            fetch(base, GRAD, ahead // NP, row, before, sqs, sqh, G, q0ring, q1ring, gring, H, HP, DK0, DK1, DV, TOKENS)
+            ahead = gl.load(pairs + gl.minimum(start + STAGES * TOKENS + tokens, high - 1))
+            limit = gl.where(start + token < high, limit, 0)
+            seen = gl.where(key[:, None] < limit[None, :], score, -float("inf"))
+            weight = gl.exp2(seen * scale2 - logsum[None, :])
+            slope = (weight * (fall - delta[None, :])).to(TYPE)
+            slopes.store(slope)
+            fence_async_shared()
+            gl.thread_barrier()
+            operand = gl.convert_layout(weight.to(TYPE), gl.DotOperandLayout(0, VL, 2))
+            adding_v = warpgroup_mma(operand, gring.index(slot), dv, is_async=True)
+            operand = gl.convert_layout(slope, gl.DotOperandLayout(0, KL, 2))
+            adding_k = warpgroup_mma(operand, q0ring.index(slot), dk0, is_async=True)
+            empty = gl.zeros([DK0, M], gl.float32, SL)
+            if DK1 > 0:
+                operand = gl.convert_layout(slope, gl.DotOperandLayout(0, K1L, 2))
+                adding_k1 = warpgroup_mma(operand, q1ring.index(slot), dk1, is_async=True)
+            parting = warpgroup_mma(k0.permute((1, 0)), slopes, empty, use_acc=False, is_async=True)
+            if DK1 > 0:
+                empty1 = gl.zeros([DK1, M], gl.float32, SL)
+                parting1 = warpgroup_mma(k1.permute((1, 0)), slopes, empty1, use_acc=False, is_async=True)
+            if ORDER > 0:
+                flight = scores(k0, k1, q0ring, q1ring, after, none, DK1)
+            if ORDER > 1:
+                fallen = falls(v, gring, after, none)
+            copy_rows(ROWS, row + row_ahead // NP * G, H * 4, 4, rring, slot, H, HP, 0, 4, FOUR)
+            row_ahead = gl.load(pairs + gl.minimum(start + (STAGES + 1) * TOKENS + row_tokens, high - 1))
+            own = target + start.to(gl.int64) * (H * DK)
+            COUNT: gl.constexpr = 0 if ORDER == 0 else (ORDER + (1 if DK1 > 0 else 0))
+            if DK1 > 0:
+                dv, dk0, dk1, dq0, dq1 = warpgroup_mma_wait(
+                    COUNT, deps=(adding_v, adding_k, adding_k1, parting, parting1)
+                )
+                dq0 = dq0.to(PART_Q.dtype.element_ty)
+                dq1 = dq1.to(PART_Q.dtype.element_ty)
+            else:
+                dv, dk0, dq0 = warpgroup_mma_wait(COUNT, deps=(adding_v, adding_k, parting))
+                dq0 = dq0.to(PART_Q.dtype.element_ty)
+            if ORDER < 1:
+                flight = scores(k0, k1, q0ring, q1ring, after, none, DK1)
+            if ORDER < 2:
+                fallen = falls(v, gring, after, none)
+            store_query_part(dq0, own, high - start, M, H, HP, DK, 0, DK0, PAIRED)
+            if DK1 > 0:
+                store_query_part(dq1, own, high - start, M, H, HP, DK, DK0, DK1, PAIRED)
+            score, fall = warpgroup_mma_wait(0, deps=(flight, fallen))
+        async_copy.wait_group(0)
+        part = PART_KV + pid.to(gl.int64) * (BS * (DK + DV))
+        keys = gl.arange(0, BS, gl.SliceLayout(1, KL))
+        columns = gl.arange(0, DK0, gl.SliceLayout(0, KL))
+        gl.store(part + (keys[:, None] * (DK + DV) + columns[None, :]), dk0)
+        if DK1 > 0:
+            keys = gl.arange(0, BS, gl.SliceLayout(1, K1L))
+            columns = DK0 + gl.arange(0, DK1, gl.SliceLayout(0, K1L))
+            gl.store(part + (keys[:, None] * (DK + DV) + columns[None, :]), dk1)
+        keys = gl.arange(0, BS, gl.SliceLayout(1, VL))
+        columns = gl.arange(0, DV, gl.SliceLayout(0, VL))
+        gl.store(part + (keys[:, None] * (DK + DV) + (columns + DK)[None, :]), dv)
