@@ -31,8 +31,6 @@ WALK_BYTES = 2**25
 ELEMENTS = 2048
 """Elements of a query gradient that one program adds up."""
 COLUMNS = 32
-ORDER = 1
-PAIRED = True
 """Columns of a key or value gradient that one program adds up."""
 
 Forward = Callable[[Tensor, Tensor, Tensor, Selection, float, Tensor | None], Tensor]
@@ -151,13 +149,13 @@ def _plan(
         for name in ("key", "key_add")
     }
     block = Plan(nsa_gradient_block, {**constants, "TOKENS": tokens, "SPAN": lists.span_tokens}, options)
-    paired = ring and PAIRED and constants["H"] % 2 == 0
+    paired = ring and constants["H"] % 2 == 0
     if ring:
         from .gradient_ring import nsa_gradient_ring  # needs Gluon, which the interpreter has not
 
         names = ("H", "HP", "N", "NP", "DK", "DK0", "DK1", "DV", "BS", "TENSOR_LENGTH")
         own = {"TOKENS": tokens, "SPAN": lists.span_tokens, "STAGES": options["num_stages"]}
-        own |= {"ORDER": ORDER, "PAIRED": paired}
+        own |= {"PAIRED": paired}
         block = Plan(nsa_gradient_ring, {**{name: constants[name] for name in names}, **own}, options)
     return {
         "rows": Plan(nsa_gradient_rows, {**of_rows, "TILE": 32}, few),

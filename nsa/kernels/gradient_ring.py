@@ -1,8 +1,8 @@
 """``gradient_products.nsa_gradient_block`` for compute capability 9.0, in Gluon: no product waits for another.
 
-Scores stand transposed, (keys, rows). A turn's three products are in flight together, and behind them the two score
-products of the turn after, which run while the partial query gradients are stored. Nothing is in flight over the loop's
-edge, where ptxas would run products one by one.
+Scores stand transposed, (keys, rows). A turn's three products are in flight together, and behind them the scores of the
+turn after; the other product of that turn runs while the partial query gradients are stored. Nothing is in flight over
+the loop's edge, where ptxas would run products one by one.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def nsa_gradient_ring(
     S, T, G, spans, span, units, item_slots, scale2, sqb, sqs, sqg, sqh, skb, skg, skt, svb, svg, svt,
     H: gl.constexpr, HP: gl.constexpr, N: gl.constexpr, NP: gl.constexpr, DK: gl.constexpr, DK0: gl.constexpr,
     DK1: gl.constexpr, DV: gl.constexpr, BS: gl.constexpr, TENSOR_LENGTH: gl.constexpr, TOKENS: gl.constexpr,
-    SPAN: gl.constexpr, STAGES: gl.constexpr, ORDER: gl.constexpr, PAIRED: gl.constexpr,
+    SPAN: gl.constexpr, STAGES: gl.constexpr, PAIRED: gl.constexpr,
 ):  # fmt: skip
     """Grid (B * G * units * item_slots,): as ``gradient_products.nsa_gradient_block``; a turn's rows are tokens
     outside, heads inside. Copies of a turn land a turn before they are needed, and are fenced in that turn."""
@@ -264,27 +264,18 @@ def nsa_gradient_ring(
             if DK1 > 0:
                 empty1 = gl.zeros([DK1, M], gl.float32, SL)
                 parting1 = warpgroup_mma(k1.permute((1, 0)), slopes, empty1, use_acc=False, is_async=True)
-            if ORDER > 0:
-                flight = scores(k0, k1, q0ring, q1ring, after, none, DK1)
-            if ORDER > 1:
-                fallen = falls(v, gring, after, none)
+            flight = scores(k0, k1, q0ring, q1ring, after, none, DK1)
             copy_rows(ROWS, row + row_ahead // NP * G, H * 4, 4, rring, slot, H, HP, 0, 4, FOUR)
             row_ahead = gl.load(pairs + gl.minimum(start + (STAGES + 1) * TOKENS + row_tokens, high - 1))
             own = target + start.to(gl.int64) * (H * DK)
-            COUNT: gl.constexpr = 0 if ORDER == 0 else (ORDER + (1 if DK1 > 0 else 0))
             if DK1 > 0:
-                dv, dk0, dk1, dq0, dq1 = warpgroup_mma_wait(
-                    COUNT, deps=(adding_v, adding_k, adding_k1, parting, parting1)
-                )
+                dv, dk0, dk1, dq0, dq1 = warpgroup_mma_wait(2, deps=(adding_v, adding_k, adding_k1, parting, parting1))
                 dq0 = dq0.to(PART_Q.dtype.element_ty)
                 dq1 = dq1.to(PART_Q.dtype.element_ty)
             else:
-                dv, dk0, dq0 = warpgroup_mma_wait(COUNT, deps=(adding_v, adding_k, parting))
+                dv, dk0, dq0 = warpgroup_mma_wait(1, deps=(adding_v, adding_k, parting))
                 dq0 = dq0.to(PART_Q.dtype.element_ty)
-            if ORDER < 1:
-                flight = scores(k0, k1, q0ring, q1ring, after, none, DK1)
-            if ORDER < 2:
-                fallen = falls(v, gring, after, none)
+            fallen = falls(v, gring, after, none)
             store_query_part(dq0, own, high - start, M, H, HP, DK, 0, DK0, PAIRED)
             if DK1 > 0:
                 store_query_part(dq1, own, high - start, M, H, HP, DK, DK0, DK1, PAIRED)
