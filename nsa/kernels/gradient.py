@@ -17,7 +17,6 @@ import triton
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from ..errors import UnsupportedPathError
 from ..selection import Selection
 from ..trace import ParameterValue
 from .gradient_products import nsa_gradient_block, nsa_gradient_rows
@@ -32,6 +31,8 @@ ELEMENTS = 2048
 """Elements of a query gradient that one program adds up."""
 COLUMNS = 32
 """Columns of a key or value gradient that one program adds up."""
+RING_REGISTERS = 128
+"""Registers a thread of ``gradient_ring`` starts with: two programs of eight warps to a multiprocessor."""
 
 Forward = Callable[[Tensor, Tensor, Tensor, Selection, float, Tensor | None], Tensor]
 
@@ -102,11 +103,16 @@ def backward(
         out, grad, logsum, length, positions, known_of_rows, queries, keys, groups * heads, logsum.numel(),
         *position_strides,
     )  # fmt: skip
+    query_rows, grad_rows, rows = query, grad, known_of_rows
+    if backward_loads == "ring":
+        from .gradient_ring import describe  # Gluon, loaded where it can run
+
+        query_rows, grad_rows, rows = describe(query, grad, known_of_rows)
     columns = triton.cdiv(width, COLUMNS) + triton.cdiv(value_width, COLUMNS)
     for span in range(0, lists.spans, units):
         known["block"](
             batch * groups * units * lists.item_slots,
-            query, key, value, grad, known_of_rows, length, lists.pairs, lists.items, lists.item_count,
+            query_rows, key, value, grad_rows, rows, length, lists.pairs, lists.items, lists.item_count,
             part_query, part_keys, queries, keys, groups, lists.spans, span, units, lists.item_slots, scale * LOG2E,
             *query.stride()[:4], *key.stride()[:3], *value.stride()[:3],
         )  # fmt: skip
@@ -120,15 +126,6 @@ def backward(
             lists.blocks, scale,
         )  # fmt: skip
     return query_grad, key_grad.to(key.dtype), value_grad.to(value.dtype)
-
-
-def aligned(query: Tensor) -> None:
-    """Raises UnsupportedPathError where ``gradient_ring`` cannot copy rows of the query in pieces of 16 bytes."""
-    if query.data_ptr() % 16 or any(stride % 16 for stride in query.stride()[:4]):
-        raise UnsupportedPathError(
-            "backward_loads='ring' needs a query whose start is a multiple of 16 bytes and whose strides are of 16 "
-            f"elements, got strides {query.stride()}; take backward_loads='pointer'"
-        )
 
 
 def _plan(
@@ -151,12 +148,12 @@ def _plan(
     block = Plan(nsa_gradient_block, {**constants, "TOKENS": tokens, "SPAN": lists.span_tokens}, options)
     paired = ring and constants["H"] % 2 == 0
     if ring:
-        from .gradient_ring import nsa_gradient_ring  # needs Gluon, which the interpreter has not
+        from .gradient_ring import nsa_gradient_ring
 
         names = ("H", "HP", "N", "NP", "DK", "DK0", "DK1", "DV", "BS", "TENSOR_LENGTH")
-        own = {"TOKENS": tokens, "SPAN": lists.span_tokens, "STAGES": options["num_stages"]}
-        own |= {"PAIRED": paired}
-        block = Plan(nsa_gradient_ring, {**{name: constants[name] for name in names}, **own}, options)
+        own = {name: constants[name] for name in names}
+        own |= {"TOKENS": tokens, "SPAN": lists.span_tokens, "STAGES": options["num_stages"], "PAIRED": paired}
+        block = Plan(nsa_gradient_ring, own, {"num_warps": 4, "maxnreg": RING_REGISTERS})
     return {
         "rows": Plan(nsa_gradient_rows, {**of_rows, "TILE": 32}, few),
         "block": block,
@@ -218,6 +215,8 @@ def attention(
         query, scale = -query, -scale
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         if parameters.get("backward_loads") == "ring":
+            from .gradient_ring import aligned  # Gluon, loaded where it can run
+
             aligned(query)
         out: Tensor = SelectionFunction.apply(query, key, value, selection, scale, launch, parameters)  # type: ignore[no-untyped-call]
         return out

@@ -1,19 +1,28 @@
 """``gradient_products.nsa_gradient_block`` for compute capability 9.0, in Gluon: no product waits for another.
 
-Scores stand transposed, (keys, rows). A turn's three products are in flight together, and behind them the scores of the
-turn after; the other product of that turn runs while the partial query gradients are stored. Nothing is in flight over
-the loop's edge, where ptxas would run products one by one.
+Scores stand transposed, (keys, rows). A producer warp copies rows in bulk into a ring, which keeps them off the pipe
+that products read shared operands through. A turn's three products are in flight together, and the next turn's two run
+while the partial query gradients are stored. No product is in flight over the loop's edge, where ptxas would run them
+one by one.
 """
 
 from __future__ import annotations
 
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import constexpr_function
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .layout import context_length
+from ..errors import UnsupportedPathError
+from .layout import context_length, power_of_two
 
 
 @constexpr_function
@@ -36,52 +45,48 @@ def tokens_layout(tokens, heads):
 
 
 @gluon.jit
-def copy_rows(base, s, stride, head_stride, ring, slot, H: gl.constexpr, HP: gl.constexpr, COLUMN: gl.constexpr,
-              WIDTH: gl.constexpr, L: gl.constexpr):  # fmt: skip
-    """Start copying heads of tokens ``s`` (rows,), columns COLUMN .. COLUMN + WIDTH, into a slot (rows, WIDTH)."""
-    head = gl.arange(0, s.shape[0], s.type.layout) % HP
-    columns = gl.arange(0, WIDTH, gl.SliceLayout(0, L)) + COLUMN
-    place = (base + s.to(gl.int64) * stride)[:, None] + ((head * head_stride)[:, None] + columns[None, :])
-    if H < HP:
-        async_copy.async_copy_global_to_shared(ring.index(slot), place, mask=(head < H)[:, None])
-    else:
-        async_copy.async_copy_global_to_shared(ring.index(slot), place)
-
-
-@gluon.jit
-def spread(s, TOKENS: gl.constexpr, HP: gl.constexpr, L: gl.constexpr, L3: gl.constexpr):
-    """Tokens (TOKENS,) as those of rows (TOKENS * HP,), without an exchange between threads."""
-    s = gl.convert_layout(s, gl.SliceLayout(1, gl.SliceLayout(2, L3)), assert_trivial=True)
-    s = s[:, None].broadcast_to([TOKENS, HP]).reshape([TOKENS * HP])
-    return gl.convert_layout(s, gl.SliceLayout(1, L), assert_trivial=True)
-
-
-@gluon.jit
-def fetch(
-    base, GRAD, s, row, slot, sqs, sqh, G, q0ring, q1ring, gring,
-    H: gl.constexpr, HP: gl.constexpr, DK0: gl.constexpr, DK1: gl.constexpr, DV: gl.constexpr, TOKENS: gl.constexpr,
+def copy_rows(
+    SOURCE, b, s, g, ready, tiles, slot, j, WIDTH: gl.constexpr, COLUMN: gl.constexpr, TOKENS: gl.constexpr
 ):  # fmt: skip
-    """Start copying queries and output gradients of tokens ``s`` (TOKENS,) into a slot."""
-    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-    HALF: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    WIDE3: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 2, 16], [1, 4, 1], [2, 1, 0])
-    HALF3: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 4, 8], [1, 4, 1], [2, 1, 0])
-    if DK0 == 128:
-        wide = spread(s, TOKENS, HP, WIDE, WIDE3)
-        copy_rows(base, wide, sqs, sqh, q0ring, slot, H, HP, 0, DK0, WIDE)
-    else:
-        half = spread(s, TOKENS, HP, HALF, HALF3)
-        copy_rows(base, half, sqs, sqh, q0ring, slot, H, HP, 0, DK0, HALF)
-    if DK1 > 0:
-        half = spread(s, TOKENS, HP, HALF, HALF3)
-        copy_rows(base, half, sqs, sqh, q1ring, slot, H, HP, DK0, DK1, HALF)
-    if DV == 128:
-        wide = spread(s, TOKENS, HP, WIDE, WIDE3)
-        copy_rows(GRAD, row + wide * G, H * DV, DV, gring, slot, H, HP, 0, DV, WIDE)
-    else:
-        half = spread(s, TOKENS, HP, HALF, HALF3)
-        copy_rows(GRAD, row + half * G, H * DV, DV, gring, slot, H, HP, 0, DV, HALF)
-    async_copy.commit_group()
+    """Start copying token ``s``'s heads, columns COLUMN .. COLUMN + WIDTH, to rows of token ``j`` of a slot."""
+    PIECES: gl.constexpr = WIDTH // 64
+    for piece in gl.static_range(PIECES):
+        target = tiles.index((slot * PIECES + piece) * TOKENS + j)
+        tma.async_copy_global_to_shared(SOURCE, [b, s, g, 0, COLUMN + piece * 64], ready, target)
+
+
+@gluon.jit
+def produce(
+    Q, GRAD, ROWS, pairs, low, high, b, g, S, G, q0ring, q1ring, gring, rring, ready, free,
+    NP: gl.constexpr, HP: gl.constexpr, DK0: gl.constexpr, DK1: gl.constexpr, DV: gl.constexpr, TOKENS: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """Fill the rings, turn by turn. Past the end the last pair stands again."""
+    SIX: gl.constexpr = gl.NVMMASharedLayout(128, 16, 5)
+    q0tiles = q0ring._reinterpret(Q.dtype, [STAGES * (DK0 // 64) * TOKENS, 1, 1, 1, HP, 64], SIX)
+    gtiles = gring._reinterpret(Q.dtype, [STAGES * (DV // 64) * TOKENS, 1, 1, 1, HP, 64], SIX)
+    rtiles = rring._reinterpret(gl.float32, [STAGES * TOKENS, 1, HP, 4], gl.NVMMASharedLayout(0, 32, 3))
+    for start in range(low, high, TOKENS):
+        turn = (start - low) // TOKENS
+        slot = turn % STAGES
+        barrier = ready.index(slot)
+        s0 = gl.load(pairs + start) // NP
+        s1, s2, s3 = s0, s0, s0
+        if TOKENS > 1:
+            s1 = gl.load(pairs + gl.minimum(start + 1, high - 1)) // NP
+        if TOKENS > 2:
+            s2 = gl.load(pairs + gl.minimum(start + 2, high - 1)) // NP
+            s3 = gl.load(pairs + gl.minimum(start + 3, high - 1)) // NP
+        mbarrier.wait(free.index(slot), ((turn // STAGES) & 1) ^ 1)
+        mbarrier.expect(barrier, TOKENS * HP * ((DK0 + DK1 + DV) * 2 + 16))
+        for j in gl.static_range(TOKENS):
+            s = s0 if j == 0 else s1 if j == 1 else s2 if j == 2 else s3
+            tma.async_copy_global_to_shared(ROWS, [(b * S + s) * G + g, 0, 0], barrier, rtiles.index(slot * TOKENS + j))
+            copy_rows(Q, b, s, g, barrier, q0tiles, slot, j, DK0, 0, TOKENS)
+            if DK1 > 0:
+                q1tiles = q1ring._reinterpret(Q.dtype, [STAGES * (DK1 // 64) * TOKENS, 1, 1, 1, HP, 64], SIX)
+                copy_rows(Q, b, s, g, barrier, q1tiles, slot, j, DK1, DK0, TOKENS)
+            copy_rows(GRAD, b, s, g, barrier, gtiles, slot, j, DV, 0, TOKENS)
 
 
 @gluon.jit
@@ -162,6 +167,81 @@ def falls(v, gring, slot, none):
     return warpgroup_mma(v, gring.index(slot).permute((1, 0)), none, use_acc=False, is_async=True)
 
 
+@gluon.jit
+def consume(
+    k0, k1, v, slopes, q0ring, q1ring, gring, rring, ready, free, first, low, high, scale2, target, part,
+    H: gl.constexpr, HP: gl.constexpr, DK: gl.constexpr, DK0: gl.constexpr, DK1: gl.constexpr, DV: gl.constexpr,
+    BS: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr, PAIRED: gl.constexpr,
+):  # fmt: skip
+    """The products of an item, turn by turn."""
+    M: gl.constexpr = TOKENS * HP
+    TYPE: gl.constexpr = k0.dtype
+    SL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
+    KL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DK0, 16])
+    K1L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DK1 if DK1 > 0 else 16, 16])
+    VL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
+    ROW: gl.constexpr = gl.SliceLayout(0, SL)
+    dk0 = gl.zeros([BS, DK0], gl.float32, KL)
+    dk1 = gl.zeros([BS, DK1 if DK1 > 0 else 16], gl.float32, K1L)
+    dv = gl.zeros([BS, DV], gl.float32, VL)
+    key = first + gl.arange(0, BS, gl.SliceLayout(1, SL))
+    token = gl.arange(0, M, ROW) // HP
+    none = gl.zeros([BS, M], gl.float32, SL)
+    mbarrier.wait(ready.index(0), 0)
+    score = scores(k0, k1, q0ring, q1ring, 0, none, DK1)
+    fall = falls(v, gring, 0, none)
+    score, fall = warpgroup_mma_wait(0, deps=(score, fall))
+    for start in range(low, high, TOKENS):
+        turn = (start - low) // TOKENS
+        slot = turn % STAGES
+        after = (turn + 1) % STAGES
+        logsum, delta, limit = known_of_rows(rring, slot, TOKENS, HP, ROW)
+        limit = gl.where(start + token < high, limit, 0)
+        seen = gl.where(key[:, None] < limit[None, :], score, -float("inf"))
+        weight = gl.exp2(seen * scale2 - logsum[None, :])
+        slope = (weight * (fall - delta[None, :])).to(TYPE)
+        slopes.store(slope)
+        fence_async_shared()
+        mbarrier.arrive(free.index((turn + STAGES - 1) % STAGES), count=1, pred=start > low)
+        operand = gl.convert_layout(weight.to(TYPE), gl.DotOperandLayout(0, VL, 2))
+        adding_v = warpgroup_mma(operand, gring.index(slot), dv, is_async=True)
+        operand = gl.convert_layout(slope, gl.DotOperandLayout(0, KL, 2))
+        adding_k = warpgroup_mma(operand, q0ring.index(slot), dk0, is_async=True)
+        if DK1 > 0:
+            operand = gl.convert_layout(slope, gl.DotOperandLayout(0, K1L, 2))
+            adding_k1 = warpgroup_mma(operand, q1ring.index(slot), dk1, is_async=True)
+        empty = gl.zeros([DK0, M], gl.float32, SL)
+        parting = warpgroup_mma(k0.permute((1, 0)), slopes, empty, use_acc=False, is_async=True)
+        if DK1 > 0:
+            empty1 = gl.zeros([DK1, M], gl.float32, SL)
+            parting1 = warpgroup_mma(k1.permute((1, 0)), slopes, empty1, use_acc=False, is_async=True)
+        mbarrier.wait(ready.index(after), ((turn + 1) // STAGES) & 1, pred=start + TOKENS < high)
+        own = target + start.to(gl.int64) * (H * DK)
+        if DK1 > 0:
+            dv, dk0, dk1, dq0, dq1 = warpgroup_mma_wait(0, deps=(adding_v, adding_k, adding_k1, parting, parting1))
+            dq0 = dq0.to(target.dtype.element_ty)
+            dq1 = dq1.to(target.dtype.element_ty)
+        else:
+            dv, dk0, dq0 = warpgroup_mma_wait(0, deps=(adding_v, adding_k, parting))
+            dq0 = dq0.to(target.dtype.element_ty)
+        flight = scores(k0, k1, q0ring, q1ring, after, none, DK1)
+        fallen = falls(v, gring, after, none)
+        store_query_part(dq0, own, high - start, M, H, HP, DK, 0, DK0, PAIRED)
+        if DK1 > 0:
+            store_query_part(dq1, own, high - start, M, H, HP, DK, DK0, DK1, PAIRED)
+        score, fall = warpgroup_mma_wait(0, deps=(flight, fallen))
+    keys = gl.arange(0, BS, gl.SliceLayout(1, KL))
+    columns = gl.arange(0, DK0, gl.SliceLayout(0, KL))
+    gl.store(part + (keys[:, None] * (DK + DV) + columns[None, :]), dk0)
+    if DK1 > 0:
+        keys = gl.arange(0, BS, gl.SliceLayout(1, K1L))
+        columns = DK0 + gl.arange(0, DK1, gl.SliceLayout(0, K1L))
+        gl.store(part + (keys[:, None] * (DK + DV) + columns[None, :]), dk1)
+    keys = gl.arange(0, BS, gl.SliceLayout(1, VL))
+    columns = gl.arange(0, DV, gl.SliceLayout(0, VL))
+    gl.store(part + (keys[:, None] * (DK + DV) + (columns + DK)[None, :]), dv)
+
+
 @gluon.jit(do_not_specialize=["S", "T", "spans", "span", "units", "item_slots"])
 def nsa_gradient_ring(
     Q, K, V, GRAD, ROWS, LENGTH, PAIRS, ITEMS, ITEM_COUNT, PART_Q, PART_KV,
@@ -171,16 +251,10 @@ def nsa_gradient_ring(
     SPAN: gl.constexpr, STAGES: gl.constexpr, PAIRED: gl.constexpr,
 ):  # fmt: skip
     """Grid (B * G * units * item_slots,): as ``gradient_products.nsa_gradient_block``; a turn's rows are tokens
-    outside, heads inside. Copies of a turn land a turn before they are needed, and are fenced in that turn."""
+    outside, heads inside. Q (B, S, G, H, DK), GRAD (B, S, G, H, DV) and ROWS (B * S * G, H, 4) are descriptors of HP
+    rows."""
     M: gl.constexpr = TOKENS * HP
-    TYPE: gl.constexpr = Q.dtype.element_ty
-    SL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
-    KL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DK0, 16])
-    K1L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DK1 if DK1 > 0 else 16, 16])
-    VL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
-    ROW: gl.constexpr = gl.SliceLayout(0, SL)
-    ALL: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 1], [1, 32], [1, 4], [1, 0]))
-    FOUR: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [1, 4], [1, 0])
+    TYPE: gl.constexpr = Q.dtype
     TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     pid = gl.program_id(0)
     i = pid % item_slots
@@ -202,19 +276,11 @@ def nsa_gradient_ring(
             q1ring = gl.allocate_shared_memory(TYPE, [STAGES, M, DK1], TILE)
         gring = gl.allocate_shared_memory(TYPE, [STAGES, M, DV], TILE)
         rring = gl.allocate_shared_memory(gl.float32, [STAGES, M, 4], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-        base = Q + b.to(gl.int64) * sqb + g.to(gl.int64) * sqg
-        row = b * (S * G) + g
-        # past the end the last pair stands again: every copy is of a row that exists, and weighs nothing
-        tokens = gl.arange(0, TOKENS, ALL)
-        row_tokens = gl.arange(0, M, gl.SliceLayout(1, FOUR)) // HP
+        ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         for s in gl.static_range(STAGES):
-            row_ahead = gl.load(pairs + gl.minimum(low + s * TOKENS + row_tokens, high - 1))
-            copy_rows(ROWS, row + row_ahead // NP * G, H * 4, 4, rring, s, H, HP, 0, 4, FOUR)
-            if s < STAGES - 1:
-                ahead = gl.load(pairs + gl.minimum(low + s * TOKENS + tokens, high - 1))
-                fetch(base, GRAD, ahead // NP, row, s, sqs, sqh, G, q0ring, q1ring, gring, H, HP, DK0, DK1, DV, TOKENS)
-        ahead = gl.load(pairs + gl.minimum(low + (STAGES - 1) * TOKENS + tokens, high - 1))
-        row_ahead = gl.load(pairs + gl.minimum(low + STAGES * TOKENS + row_tokens, high - 1))
+            mbarrier.init(ready.index(s), count=1)
+            mbarrier.init(free.index(s), count=1)
         length = gl.minimum(context_length(LENGTH, b, TENSOR_LENGTH), T)
         k0 = rows_of_keys(K, b, g, first, length - first, skb, skg, skt, 0, DK0, BS)
         k1 = k0
@@ -222,73 +288,54 @@ def nsa_gradient_ring(
             k1 = rows_of_keys(K, b, g, first, length - first, skb, skg, skt, DK0, DK1, BS)
         v = rows_of_keys(V, b, g, first, length - first, svb, svg, svt, 0, DV, BS)
         slopes = gl.allocate_shared_memory(TYPE, [BS, M], gl.NVMMASharedLayout(2 * M, 16, 2))
-        async_copy.wait_group(STAGES - 2)
         fence_async_shared()
         gl.thread_barrier()
-
-        dk0 = gl.zeros([BS, DK0], gl.float32, KL)
-        dk1 = gl.zeros([BS, DK1 if DK1 > 0 else 16], gl.float32, K1L)
-        dv = gl.zeros([BS, DV], gl.float32, VL)
-        key = first + gl.arange(0, BS, gl.SliceLayout(1, SL))
-        token = gl.arange(0, M, ROW) // HP
         target = PART_Q + held.to(gl.int64) * (SPAN * N * H * DK)
-        none = gl.zeros([BS, M], gl.float32, SL)
-        score = scores(k0, k1, q0ring, q1ring, 0, none, DK1)
-        fall = falls(v, gring, 0, none)
-        score, fall = warpgroup_mma_wait(0, deps=(score, fall))
-        for start in range(low, high, TOKENS):
-            slot = (start - low) // TOKENS % STAGES
-            after = ((start - low) // TOKENS + 1) % STAGES
-            before = ((start - low) // TOKENS + STAGES - 1) % STAGES
-            async_copy.wait_group(STAGES - 3)
-            gl.thread_barrier()
-            logsum, delta, limit = known_of_rows(rring, slot, TOKENS, HP, ROW)
-            fetch(base, GRAD, ahead // NP, row, before, sqs, sqh, G, q0ring, q1ring, gring, H, HP, DK0, DK1, DV, TOKENS)
-            ahead = gl.load(pairs + gl.minimum(start + STAGES * TOKENS + tokens, high - 1))
-            limit = gl.where(start + token < high, limit, 0)
-            seen = gl.where(key[:, None] < limit[None, :], score, -float("inf"))
-            weight = gl.exp2(seen * scale2 - logsum[None, :])
-            slope = (weight * (fall - delta[None, :])).to(TYPE)
-            slopes.store(slope)
-            fence_async_shared()
-            gl.thread_barrier()
-            operand = gl.convert_layout(weight.to(TYPE), gl.DotOperandLayout(0, VL, 2))
-            adding_v = warpgroup_mma(operand, gring.index(slot), dv, is_async=True)
-            operand = gl.convert_layout(slope, gl.DotOperandLayout(0, KL, 2))
-            adding_k = warpgroup_mma(operand, q0ring.index(slot), dk0, is_async=True)
-            empty = gl.zeros([DK0, M], gl.float32, SL)
-            if DK1 > 0:
-                operand = gl.convert_layout(slope, gl.DotOperandLayout(0, K1L, 2))
-                adding_k1 = warpgroup_mma(operand, q1ring.index(slot), dk1, is_async=True)
-            parting = warpgroup_mma(k0.permute((1, 0)), slopes, empty, use_acc=False, is_async=True)
-            if DK1 > 0:
-                empty1 = gl.zeros([DK1, M], gl.float32, SL)
-                parting1 = warpgroup_mma(k1.permute((1, 0)), slopes, empty1, use_acc=False, is_async=True)
-            flight = scores(k0, k1, q0ring, q1ring, after, none, DK1)
-            copy_rows(ROWS, row + row_ahead // NP * G, H * 4, 4, rring, slot, H, HP, 0, 4, FOUR)
-            row_ahead = gl.load(pairs + gl.minimum(start + (STAGES + 1) * TOKENS + row_tokens, high - 1))
-            own = target + start.to(gl.int64) * (H * DK)
-            if DK1 > 0:
-                dv, dk0, dk1, dq0, dq1 = warpgroup_mma_wait(2, deps=(adding_v, adding_k, adding_k1, parting, parting1))
-                dq0 = dq0.to(PART_Q.dtype.element_ty)
-                dq1 = dq1.to(PART_Q.dtype.element_ty)
-            else:
-                dv, dk0, dq0 = warpgroup_mma_wait(1, deps=(adding_v, adding_k, parting))
-                dq0 = dq0.to(PART_Q.dtype.element_ty)
-            fallen = falls(v, gring, after, none)
-            store_query_part(dq0, own, high - start, M, H, HP, DK, 0, DK0, PAIRED)
-            if DK1 > 0:
-                store_query_part(dq1, own, high - start, M, H, HP, DK, DK0, DK1, PAIRED)
-            score, fall = warpgroup_mma_wait(0, deps=(flight, fallen))
-        async_copy.wait_group(0)
         part = PART_KV + pid.to(gl.int64) * (BS * (DK + DV))
-        keys = gl.arange(0, BS, gl.SliceLayout(1, KL))
-        columns = gl.arange(0, DK0, gl.SliceLayout(0, KL))
-        gl.store(part + (keys[:, None] * (DK + DV) + columns[None, :]), dk0)
-        if DK1 > 0:
-            keys = gl.arange(0, BS, gl.SliceLayout(1, K1L))
-            columns = DK0 + gl.arange(0, DK1, gl.SliceLayout(0, K1L))
-            gl.store(part + (keys[:, None] * (DK + DV) + columns[None, :]), dk1)
-        keys = gl.arange(0, BS, gl.SliceLayout(1, VL))
-        columns = gl.arange(0, DV, gl.SliceLayout(0, VL))
-        gl.store(part + (keys[:, None] * (DK + DV) + (columns + DK)[None, :]), dv)
+        gl.warp_specialize(
+            [
+                (
+                    consume,
+                    (
+                        k0, k1, v, slopes, q0ring, q1ring, gring, rring, ready, free, first, low, high, scale2, target,
+                        part, H, HP, DK, DK0, DK1, DV, BS, TOKENS, STAGES, PAIRED,
+                    ),
+                ),
+                (
+                    produce,
+                    (
+                        Q, GRAD, ROWS, pairs, low, high, b, g, S, G, q0ring, q1ring, gring, rring, ready, free,
+                        NP, HP, DK0, DK1, DV, TOKENS, STAGES,
+                    ),
+                ),
+            ],
+            [1],
+            [24],
+        )  # fmt: skip
+
+
+def describe(query: Tensor, grad: Tensor, known: Tensor) -> tuple[TensorDescriptor, ...]:
+    """(Q, GRAD, ROWS) as the kernel takes them. Raises UnsupportedPathError as ``aligned``."""
+    heads, padded = query.shape[3], power_of_two(query.shape[3])
+    tokens = known.numel() // (heads * 4)
+    layout = gl.NVMMASharedLayout(0, 32, 3)
+    rows = TensorDescriptor(known, [tokens, heads, 4], [heads * 4, 4, 1], [1, padded, 4], layout)
+    return *(describe_rows(aligned(tensor), padded) for tensor in (query, grad)), rows
+
+
+def describe_rows(tensor: Tensor, heads: int) -> TensorDescriptor:
+    """A descriptor of (B, S, G, h, D) in boxes of ``heads`` heads and 64 columns."""
+    strides = [stride if size > 1 else 64 for size, stride in zip(tensor.shape[:4], tensor.stride()[:4], strict=True)]
+    layout = gl.NVMMASharedLayout(128, 16, 5)
+    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, 1, heads, 64], layout)
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor itself. Raises UnsupportedPathError where its rows cannot be copied in bulk."""
+    strides = [stride for size, stride in zip(tensor.shape[:4], tensor.stride()[:4], strict=True) if size > 1]
+    if tensor.data_ptr() % 16 or any(stride * tensor.element_size() % 16 for stride in strides):
+        raise UnsupportedPathError(
+            "backward_loads='ring' needs queries whose start and strides are multiples of 16 bytes, got strides "
+            f"{tensor.stride()}; take backward_loads='pointer'"
+        )
+    return tensor

@@ -176,6 +176,8 @@ def backward_reason(
             return why
         if rows > 32 or stages < 3 or int(parameters.get("backward_warps", 4)) != 4:
             return f"{path} with backward_loads='ring' needs up to 32 rows, 3 stages or more and 4 warps"
+        if int(parameters.get("backward_registers", 0)):
+            return f"{path} with backward_loads='ring' has its own backward_registers"
     return shared_reason(
         path + " backward", block_bytes(problem) + stages * rows * row_bytes + 2 * rows * problem.block_size * 4
     )

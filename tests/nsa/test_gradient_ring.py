@@ -40,13 +40,14 @@ class TorchRing:
         return partial(self.run, grid[0])
 
     def run(
-        self, programs: int, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, known: Tensor, _: int, pairs: Tensor,
+        self, programs: int, queries: Any, k: Tensor, v: Tensor, grads: Any, known: Any, _: int, pairs: Tensor,
         items: Tensor, count: Tensor, part_q: Tensor, part_kv: Tensor, S: int, T: int, G: int, spans: int, span: int,
         units: int, item_slots: int, scale2: float, *__: int, **constants: Any,
     ) -> None:  # fmt: skip
         """As the kernel."""
         H, DK, DV, BS, NP = (constants[name] for name in ("H", "DK", "DV", "BS", "NP"))
         pairs, items = pairs.view(-1, constants["SPAN"] * NP), items.view(-1, item_slots, 3)
+        q, grad, known = queries.base, grads.base, known.base
         known, part_kv = known.view(-1, H, 4), part_kv.view(-1, BS, DK + DV)
         part_q = part_q.view(-1, constants["SPAN"] * constants["N"], H * DK)
         for program in range(programs):
@@ -60,14 +61,14 @@ class TorchRing:
             keys, values = (torch.zeros(BS, t.shape[3]) for t in (k, v))
             left = min(BS, T - block * BS)
             keys[:left], values[:left] = k[b, g, block * BS :][:BS], v[b, g, block * BS :][:BS]
-            rows, grads = q[b, tokens, g], grad.view(-1, S, G, H, DV)[b, tokens, g]
+            rows, out = q[b, tokens, g], grad.view(-1, S, G, H, DV)[b, tokens, g]
             logsum, delta, limit, _ = known[(b * S + tokens) * G + g].unbind(2)
             score = torch.einsum("rhd,kd->rhk", rows, keys) * scale2 - logsum[..., None]
             seen = block * BS + torch.arange(BS) < limit.contiguous().view(torch.int32)[..., None]
             weight = torch.exp2(score.masked_fill(~seen, float("-inf")))
-            slope = weight * (torch.einsum("rhd,kd->rhk", grads, values) - delta[..., None])
+            slope = weight * (torch.einsum("rhd,kd->rhk", out, values) - delta[..., None])
             part_kv[program, :, :DK] = torch.einsum("rhk,rhd->kd", slope, rows)
-            part_kv[program, :, DK:] = torch.einsum("rhk,rhd->kd", weight, grads)
+            part_kv[program, :, DK:] = torch.einsum("rhk,rhd->kd", weight, out)
             part_q[held, low:high] = self.as_threads_hold_it(slope @ keys, constants)
 
     def as_threads_hold_it(self, part: Tensor, constants: dict[str, Any]) -> Tensor:
@@ -183,6 +184,7 @@ def test_spans_change_nothing_that_rounding_does_not_and_a_replay_nothing_at_all
         ({}, {"backward_rows": 64}, "32 rows"),
         ({}, {"backward_warps": 8}, "4 warps"),
         ({}, {"backward_stages": 2}, "3 stages"),
+        ({}, {"backward_registers": 168}, "its own"),
     ],
     ids=str,
 )
