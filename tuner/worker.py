@@ -103,6 +103,8 @@ def serve(connection: Connection, device: str, memory_limit_bytes: int, stderr: 
             else:
                 assert bench is not None, "prepare comes first"
                 answer = getattr(bench, verb)(*argument)
+            if verb == "assess":
+                release_memory(device)  # what a proof needed may be what building it to be timed, elsewhere, wants
             connection.send(("answer", answer))
         except Exception as error:  # noqa: BLE001  the worker's boundary: every failure becomes an outcome
             connection.send(("raised", classify(error)))

@@ -16,6 +16,7 @@ from nsa.errors import ReserveError, UnsupportedPathError
 from nsa.paths import Candidate
 from nsa.problem import SelectionProblem
 from tests.tuner.misbehaving import PATHS, REGISTRY
+from tuner import worker
 from tuner.attest import FellBack
 from tuner.oracle import WrongResult
 from tuner.session import Seat, Session, Timed
@@ -438,3 +439,39 @@ def test_a_worker_that_the_kernel_kills_ran_out_of_memory_and_leaves_nothing_beh
     assert raised.value.about == candidate("hangs").name
     assert not worker.alive
     assert not worker.log.exists()
+
+
+def test_a_proof_gives_its_memory_back_before_another_worker_builds_what_it_proved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In train at 16k the first prover's allocator kept 119 GiB, and the timing worker found none for the default."""
+    happened: list[str] = []
+
+    class Bench:
+        def assess(self, name: str) -> None:
+            happened.append("assess")
+
+        def build(self, name: str) -> None:
+            happened.append("build")
+
+        def prepared(self) -> None:
+            pass
+
+    class Pipe:
+        def __init__(self) -> None:
+            self.requests = [("prepare", TRIAL), ("assess", ("it",)), ("build", ("it",))]
+
+        def recv(self) -> tuple[str, Any]:
+            if not self.requests:
+                raise EOFError
+            return self.requests.pop(0)
+
+        def send(self, message: tuple[str, Any]) -> None:
+            happened.append(message[0])
+
+    monkeypatch.setattr(worker.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(worker.os, "dup2", lambda *_: None)
+    monkeypatch.setattr(worker, "open_bench", lambda *_: Bench())
+    monkeypatch.setattr(worker, "release_memory", lambda device: happened.append("release"))
+    worker.serve(Pipe(), "cpu", 0, str(tmp_path / "log"))  # type: ignore[arg-type]
+    assert happened == ["release", "answer", "assess", "release", "answer", "build", "answer"]
