@@ -16,7 +16,7 @@ from nsa.errors import ReserveError, UnsupportedPathError
 from nsa.paths import Candidate
 from nsa.problem import SelectionProblem
 from tests.tuner.misbehaving import PATHS, REGISTRY
-from tuner import worker
+from tuner import worker as worker_process
 from tuner.attest import FellBack
 from tuner.oracle import WrongResult
 from tuner.session import Seat, Session, Timed
@@ -448,10 +448,10 @@ def test_a_proof_gives_its_memory_back_before_another_worker_builds_what_it_prov
     happened: list[str] = []
 
     class Bench:
-        def assess(self, name: str) -> None:
+        def assess(self, _: str) -> None:
             happened.append("assess")
 
-        def build(self, name: str) -> None:
+        def build(self, _: str) -> None:
             happened.append("build")
 
         def prepared(self) -> None:
@@ -469,9 +469,9 @@ def test_a_proof_gives_its_memory_back_before_another_worker_builds_what_it_prov
         def send(self, message: tuple[str, Any]) -> None:
             happened.append(message[0])
 
-    monkeypatch.setattr(worker.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(worker.os, "dup2", lambda *_: None)
-    monkeypatch.setattr(worker, "open_bench", lambda *_: Bench())
-    monkeypatch.setattr(worker, "release_memory", lambda device: happened.append("release"))
-    worker.serve(Pipe(), "cpu", 0, str(tmp_path / "log"))  # type: ignore[arg-type]
+    monkeypatch.setattr(worker_process.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(worker_process.os, "dup2", lambda *_: None)
+    monkeypatch.setattr(worker_process, "open_bench", lambda *_: Bench())
+    monkeypatch.setattr(worker_process, "release_memory", lambda _: happened.append("release"))
+    worker_process.serve(Pipe(), "cpu", 0, str(tmp_path / "log"))  # type: ignore[arg-type]
     assert happened == ["release", "answer", "assess", "release", "answer", "build", "answer"]
