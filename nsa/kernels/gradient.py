@@ -150,7 +150,7 @@ def _plan(
     if ring:
         from .gradient_ring import nsa_gradient_ring
 
-        names = ("H", "HP", "N", "NP", "DK", "DK0", "DK1", "DV", "BS", "TENSOR_LENGTH")
+        names = ("H", "HP", "N", "NP", "DK", "DV", "BS", "TENSOR_LENGTH")
         own = {name: constants[name] for name in names}
         own |= {"TOKENS": tokens, "SPAN": lists.span_tokens, "STAGES": options["num_stages"], "PAIRED": paired}
         block = Plan(nsa_gradient_ring, own, {"num_warps": 4, "maxnreg": RING_REGISTERS})

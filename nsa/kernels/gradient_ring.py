@@ -46,24 +46,23 @@ def tokens_layout(tokens, heads):
 
 @gluon.jit
 def copy_rows(
-    SOURCE, b, s, g, ready, tiles, slot, j, WIDTH: gl.constexpr, COLUMN: gl.constexpr, TOKENS: gl.constexpr
+    SOURCE, b, s, g, ready, tiles, slot, j, WIDTH: gl.constexpr, TOKENS: gl.constexpr
 ):  # fmt: skip
-    """Start copying token ``s``'s heads, columns COLUMN .. COLUMN + WIDTH, to rows of token ``j`` of a slot."""
+    """Start copying token ``s``'s heads to rows of token ``j`` of a slot."""
     PIECES: gl.constexpr = WIDTH // 64
     for piece in gl.static_range(PIECES):
         target = tiles.index((slot * PIECES + piece) * TOKENS + j)
-        tma.async_copy_global_to_shared(SOURCE, [b, s, g, 0, COLUMN + piece * 64], ready, target)
+        tma.async_copy_global_to_shared(SOURCE, [b, s, g, 0, piece * 64], ready, target)
 
 
 @gluon.jit
 def produce(
-    Q, GRAD, ROWS, pairs, low, high, b, g, S, G, q0ring, q1ring, gring, rring, ready, free,
-    NP: gl.constexpr, HP: gl.constexpr, DK0: gl.constexpr, DK1: gl.constexpr, DV: gl.constexpr, TOKENS: gl.constexpr,
-    STAGES: gl.constexpr,
+    Q, GRAD, ROWS, pairs, low, high, b, g, S, G, qring, gring, rring, ready, free,
+    NP: gl.constexpr, HP: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Fill the rings, turn by turn. Past the end the last pair stands again."""
     SIX: gl.constexpr = gl.NVMMASharedLayout(128, 16, 5)
-    q0tiles = q0ring._reinterpret(Q.dtype, [STAGES * (DK0 // 64) * TOKENS, 1, 1, 1, HP, 64], SIX)
+    qtiles = qring._reinterpret(Q.dtype, [STAGES * (DK // 64) * TOKENS, 1, 1, 1, HP, 64], SIX)
     gtiles = gring._reinterpret(Q.dtype, [STAGES * (DV // 64) * TOKENS, 1, 1, 1, HP, 64], SIX)
     rtiles = rring._reinterpret(gl.float32, [STAGES * TOKENS, 1, HP, 4], gl.NVMMASharedLayout(0, 32, 3))
     for start in range(low, high, TOKENS):
@@ -78,24 +77,21 @@ def produce(
             s2 = gl.load(pairs + gl.minimum(start + 2, high - 1)) // NP
             s3 = gl.load(pairs + gl.minimum(start + 3, high - 1)) // NP
         mbarrier.wait(free.index(slot), ((turn // STAGES) & 1) ^ 1)
-        mbarrier.expect(barrier, TOKENS * HP * ((DK0 + DK1 + DV) * 2 + 16))
+        mbarrier.expect(barrier, TOKENS * HP * ((DK + DV) * 2 + 16))
         for j in gl.static_range(TOKENS):
             s = s0 if j == 0 else s1 if j == 1 else s2 if j == 2 else s3
             tma.async_copy_global_to_shared(ROWS, [(b * S + s) * G + g, 0, 0], barrier, rtiles.index(slot * TOKENS + j))
-            copy_rows(Q, b, s, g, barrier, q0tiles, slot, j, DK0, 0, TOKENS)
-            if DK1 > 0:
-                q1tiles = q1ring._reinterpret(Q.dtype, [STAGES * (DK1 // 64) * TOKENS, 1, 1, 1, HP, 64], SIX)
-                copy_rows(Q, b, s, g, barrier, q1tiles, slot, j, DK1, DK0, TOKENS)
-            copy_rows(GRAD, b, s, g, barrier, gtiles, slot, j, DV, 0, TOKENS)
+            copy_rows(Q, b, s, g, barrier, qtiles, slot, j, DK, TOKENS)
+            copy_rows(GRAD, b, s, g, barrier, gtiles, slot, j, DV, TOKENS)
 
 
 @gluon.jit
-def rows_of_keys(SOURCE, b, g, first, left, sb, sg, st, COLUMN: gl.constexpr, WIDTH: gl.constexpr, BS: gl.constexpr):
-    """Shared (BS, WIDTH): keys from ``first`` on, of which ``left`` exist, columns from COLUMN on."""
+def rows_of_keys(SOURCE, b, g, first, left, sb, sg, st, WIDTH: gl.constexpr, BS: gl.constexpr):
+    """Shared (BS, WIDTH): keys from ``first`` on, of which ``left`` exist."""
     LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     keys = gl.arange(0, BS, gl.SliceLayout(1, LOAD))
     columns = gl.arange(0, WIDTH, gl.SliceLayout(0, LOAD))
-    base = SOURCE + b.to(gl.int64) * sb + g.to(gl.int64) * sg + first.to(gl.int64) * st + COLUMN
+    base = SOURCE + b.to(gl.int64) * sb + g.to(gl.int64) * sg + first.to(gl.int64) * st
     tile = gl.load(base + (keys[:, None] * st + columns[None, :]), mask=(keys < left)[:, None], other=0.0)
     return gl.allocate_shared_memory(tile.dtype, [BS, WIDTH], gl.NVMMASharedLayout(128, 16, 2), tile)
 
@@ -125,16 +121,15 @@ def parts_layout(units, last):
 
 @gluon.jit
 def store_query_part(
-    dq, target, left, M: gl.constexpr, H: gl.constexpr, HP: gl.constexpr, DK: gl.constexpr, COLUMN: gl.constexpr,
-    PADDED: gl.constexpr, PAIRED: gl.constexpr,
+    dq, target, left, M: gl.constexpr, H: gl.constexpr, HP: gl.constexpr, DK: gl.constexpr, PAIRED: gl.constexpr,
 ):  # fmt: skip
-    """Store partial query gradients (PADDED, M) of the first ``left`` tokens as threads hold them: in the order of
+    """Store partial query gradients (DK, M) of the first ``left`` tokens as threads hold them: in the order of
     ``gradient_products.store_query_part``, or PAIRED, two heads' in one piece."""
     ROWS: gl.constexpr = 2 if PAIRED else 1
     UNITS: gl.constexpr = M // (4 * ROWS)
-    LAST: gl.constexpr = ROWS * (PADDED // 32)
+    LAST: gl.constexpr = ROWS * (DK // 32)
     L: gl.constexpr = parts_layout(UNITS, LAST)
-    part = dq.reshape([PADDED // 64, 4, 2, 8, M // 8, 4, 2])  # tile, warp, half, column, eight, pair, one
+    part = dq.reshape([DK // 64, 4, 2, 8, M // 8, 4, 2])  # tile, warp, half, column, eight, pair, one
     part = gl.convert_layout(part.permute((5, 3, 1, 4, 6, 0, 2)).reshape([4, 8, 4, UNITS, LAST]), L)
     pair = gl.arange(0, 4, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, L)))))
     column = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, L)))))
@@ -148,48 +143,37 @@ def store_query_part(
     if H < HP:
         keep = keep & (outer % HP + pair < H)
     own = column[None, :, None, None, None] * LAST + warp[None, None, :, None, None] * (8 * LAST)
-    fixed = (outer // HP * H + outer % HP) * DK + last[None, None, None, None, :] + COLUMN * ROWS
+    fixed = (outer // HP * H + outer % HP) * DK + last[None, None, None, None, :]
     gl.store((target + (own + pair * DK)) + fixed, part, mask=keep)
 
 
 @gluon.jit
-def scores(k0, k1, q0ring, q1ring, slot, none, DK1: gl.constexpr):
-    """Start the scores (keys, rows) of a slot."""
-    score = warpgroup_mma(k0, q0ring.index(slot).permute((1, 0)), none, use_acc=False, is_async=True)
-    if DK1 > 0:
-        score = warpgroup_mma(k1, q1ring.index(slot).permute((1, 0)), score, is_async=True)
-    return score
-
-
-@gluon.jit
-def falls(v, gring, slot, none):
-    """Start the products (keys, rows) of values and a slot's output gradients."""
-    return warpgroup_mma(v, gring.index(slot).permute((1, 0)), none, use_acc=False, is_async=True)
+def next_products(k, v, qring, gring, slot, none):
+    """Start a slot's scores, and the products of values and its output gradients, (keys, rows) both."""
+    score = warpgroup_mma(k, qring.index(slot).permute((1, 0)), none, use_acc=False, is_async=True)
+    return score, warpgroup_mma(v, gring.index(slot).permute((1, 0)), none, use_acc=False, is_async=True)
 
 
 @gluon.jit
 def consume(
-    k0, k1, v, slopes, q0ring, q1ring, gring, rring, ready, free, first, low, high, scale2, target, part,
-    H: gl.constexpr, HP: gl.constexpr, DK: gl.constexpr, DK0: gl.constexpr, DK1: gl.constexpr, DV: gl.constexpr,
+    k, v, slopes, qring, gring, rring, ready, free, first, low, high, scale2, target, part,
+    H: gl.constexpr, HP: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr,
     BS: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr, PAIRED: gl.constexpr,
 ):  # fmt: skip
     """The products of an item, turn by turn."""
     M: gl.constexpr = TOKENS * HP
-    TYPE: gl.constexpr = k0.dtype
+    TYPE: gl.constexpr = k.dtype
     SL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
-    KL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DK0, 16])
-    K1L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DK1 if DK1 > 0 else 16, 16])
+    KL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DK, 16])
     VL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     ROW: gl.constexpr = gl.SliceLayout(0, SL)
-    dk0 = gl.zeros([BS, DK0], gl.float32, KL)
-    dk1 = gl.zeros([BS, DK1 if DK1 > 0 else 16], gl.float32, K1L)
+    dk = gl.zeros([BS, DK], gl.float32, KL)
     dv = gl.zeros([BS, DV], gl.float32, VL)
     key = first + gl.arange(0, BS, gl.SliceLayout(1, SL))
     token = gl.arange(0, M, ROW) // HP
     none = gl.zeros([BS, M], gl.float32, SL)
     mbarrier.wait(ready.index(0), 0)
-    score = scores(k0, k1, q0ring, q1ring, 0, none, DK1)
-    fall = falls(v, gring, 0, none)
+    score, fall = next_products(k, v, qring, gring, 0, none)
     score, fall = warpgroup_mma_wait(0, deps=(score, fall))
     for start in range(low, high, TOKENS):
         turn = (start - low) // TOKENS
@@ -206,37 +190,19 @@ def consume(
         operand = gl.convert_layout(weight.to(TYPE), gl.DotOperandLayout(0, VL, 2))
         adding_v = warpgroup_mma(operand, gring.index(slot), dv, is_async=True)
         operand = gl.convert_layout(slope, gl.DotOperandLayout(0, KL, 2))
-        adding_k = warpgroup_mma(operand, q0ring.index(slot), dk0, is_async=True)
-        if DK1 > 0:
-            operand = gl.convert_layout(slope, gl.DotOperandLayout(0, K1L, 2))
-            adding_k1 = warpgroup_mma(operand, q1ring.index(slot), dk1, is_async=True)
-        empty = gl.zeros([DK0, M], gl.float32, SL)
-        parting = warpgroup_mma(k0.permute((1, 0)), slopes, empty, use_acc=False, is_async=True)
-        if DK1 > 0:
-            empty1 = gl.zeros([DK1, M], gl.float32, SL)
-            parting1 = warpgroup_mma(k1.permute((1, 0)), slopes, empty1, use_acc=False, is_async=True)
+        adding_k = warpgroup_mma(operand, qring.index(slot), dk, is_async=True)
+        empty = gl.zeros([DK, M], gl.float32, SL)
+        parting = warpgroup_mma(k.permute((1, 0)), slopes, empty, use_acc=False, is_async=True)
         mbarrier.wait(ready.index(after), ((turn + 1) // STAGES) & 1, pred=start + TOKENS < high)
         own = target + start.to(gl.int64) * (H * DK)
-        if DK1 > 0:
-            dv, dk0, dk1, dq0, dq1 = warpgroup_mma_wait(0, deps=(adding_v, adding_k, adding_k1, parting, parting1))
-            dq0 = dq0.to(target.dtype.element_ty)
-            dq1 = dq1.to(target.dtype.element_ty)
-        else:
-            dv, dk0, dq0 = warpgroup_mma_wait(0, deps=(adding_v, adding_k, parting))
-            dq0 = dq0.to(target.dtype.element_ty)
-        flight = scores(k0, k1, q0ring, q1ring, after, none, DK1)
-        fallen = falls(v, gring, after, none)
-        store_query_part(dq0, own, high - start, M, H, HP, DK, 0, DK0, PAIRED)
-        if DK1 > 0:
-            store_query_part(dq1, own, high - start, M, H, HP, DK, DK0, DK1, PAIRED)
-        score, fall = warpgroup_mma_wait(0, deps=(flight, fallen))
+        dv, dk, dq = warpgroup_mma_wait(0, deps=(adding_v, adding_k, parting))
+        dq = dq.to(target.dtype.element_ty)
+        score, fall = next_products(k, v, qring, gring, after, none)
+        store_query_part(dq, own, high - start, M, H, HP, DK, PAIRED)
+        score, fall = warpgroup_mma_wait(0, deps=(score, fall))
     keys = gl.arange(0, BS, gl.SliceLayout(1, KL))
-    columns = gl.arange(0, DK0, gl.SliceLayout(0, KL))
-    gl.store(part + (keys[:, None] * (DK + DV) + columns[None, :]), dk0)
-    if DK1 > 0:
-        keys = gl.arange(0, BS, gl.SliceLayout(1, K1L))
-        columns = DK0 + gl.arange(0, DK1, gl.SliceLayout(0, K1L))
-        gl.store(part + (keys[:, None] * (DK + DV) + columns[None, :]), dk1)
+    columns = gl.arange(0, DK, gl.SliceLayout(0, KL))
+    gl.store(part + (keys[:, None] * (DK + DV) + columns[None, :]), dk)
     keys = gl.arange(0, BS, gl.SliceLayout(1, VL))
     columns = gl.arange(0, DV, gl.SliceLayout(0, VL))
     gl.store(part + (keys[:, None] * (DK + DV) + (columns + DK)[None, :]), dv)
@@ -246,8 +212,8 @@ def consume(
 def nsa_gradient_ring(
     Q, K, V, GRAD, ROWS, LENGTH, PAIRS, ITEMS, ITEM_COUNT, PART_Q, PART_KV,
     S, T, G, spans, span, units, item_slots, scale2, sqb, sqs, sqg, sqh, skb, skg, skt, svb, svg, svt,
-    H: gl.constexpr, HP: gl.constexpr, N: gl.constexpr, NP: gl.constexpr, DK: gl.constexpr, DK0: gl.constexpr,
-    DK1: gl.constexpr, DV: gl.constexpr, BS: gl.constexpr, TENSOR_LENGTH: gl.constexpr, TOKENS: gl.constexpr,
+    H: gl.constexpr, HP: gl.constexpr, N: gl.constexpr, NP: gl.constexpr, DK: gl.constexpr,
+    DV: gl.constexpr, BS: gl.constexpr, TENSOR_LENGTH: gl.constexpr, TOKENS: gl.constexpr,
     SPAN: gl.constexpr, STAGES: gl.constexpr, PAIRED: gl.constexpr,
 ):  # fmt: skip
     """Grid (B * G * units * item_slots,): as ``gradient_products.nsa_gradient_block``; a turn's rows are tokens
@@ -270,10 +236,7 @@ def nsa_gradient_ring(
         low = gl.load(item + 1)
         high = gl.load(item + 2)
         pairs = PAIRS + unit * (SPAN * NP)
-        q0ring = gl.allocate_shared_memory(TYPE, [STAGES, M, DK0], TILE)
-        q1ring = q0ring
-        if DK1 > 0:
-            q1ring = gl.allocate_shared_memory(TYPE, [STAGES, M, DK1], TILE)
+        qring = gl.allocate_shared_memory(TYPE, [STAGES, M, DK], TILE)
         gring = gl.allocate_shared_memory(TYPE, [STAGES, M, DV], TILE)
         rring = gl.allocate_shared_memory(gl.float32, [STAGES, M, 4], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
         ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -282,11 +245,8 @@ def nsa_gradient_ring(
             mbarrier.init(ready.index(s), count=1)
             mbarrier.init(free.index(s), count=1)
         length = gl.minimum(context_length(LENGTH, b, TENSOR_LENGTH), T)
-        k0 = rows_of_keys(K, b, g, first, length - first, skb, skg, skt, 0, DK0, BS)
-        k1 = k0
-        if DK1 > 0:
-            k1 = rows_of_keys(K, b, g, first, length - first, skb, skg, skt, DK0, DK1, BS)
-        v = rows_of_keys(V, b, g, first, length - first, svb, svg, svt, 0, DV, BS)
+        k = rows_of_keys(K, b, g, first, length - first, skb, skg, skt, DK, BS)
+        v = rows_of_keys(V, b, g, first, length - first, svb, svg, svt, DV, BS)
         slopes = gl.allocate_shared_memory(TYPE, [BS, M], gl.NVMMASharedLayout(2 * M, 16, 2))
         fence_async_shared()
         gl.thread_barrier()
@@ -297,15 +257,15 @@ def nsa_gradient_ring(
                 (
                     consume,
                     (
-                        k0, k1, v, slopes, q0ring, q1ring, gring, rring, ready, free, first, low, high, scale2, target,
-                        part, H, HP, DK, DK0, DK1, DV, BS, TOKENS, STAGES, PAIRED,
+                        k, v, slopes, qring, gring, rring, ready, free, first, low, high, scale2, target,
+                        part, H, HP, DK, DV, BS, TOKENS, STAGES, PAIRED,
                     ),
                 ),
                 (
                     produce,
                     (
-                        Q, GRAD, ROWS, pairs, low, high, b, g, S, G, q0ring, q1ring, gring, rring, ready, free,
-                        NP, HP, DK0, DK1, DV, TOKENS, STAGES,
+                        Q, GRAD, ROWS, pairs, low, high, b, g, S, G, qring, gring, rring, ready, free,
+                        NP, HP, DK, DV, TOKENS, STAGES,
                     ),
                 ),
             ],

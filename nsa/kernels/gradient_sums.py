@@ -36,7 +36,7 @@ def sum_of_partials(
     inside = (columns < DK)[None, None, :]
     spot = heads * DK
     if PAIRED:
-        spot = heads // 2 * (2 * DK) + heads % 2 * PADDED + COLUMN
+        spot = heads // 2 * (2 * DK) + heads % 2 * DK
     total = tl.zeros([TILE, HP, PADDED], tl.float32)
     for slot in tl.range(0, N, loop_unroll_factor=UNROLL):
         here = ((chosen >> slot) & 1) == 1

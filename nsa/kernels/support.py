@@ -192,8 +192,8 @@ def ring_reason(path: str, problem: SelectionProblem, device: torch.device) -> s
         return f"{name} is written for compute capability 9.0"
     if problem.dtype not in ("float16", "bfloat16"):
         return f"{name} needs float16 or bfloat16, got {problem.dtype}"
-    if problem.Dk not in (64, 128, 192) or problem.Dv not in (64, 128):
-        return f"{name} needs head dims of 64 or 128, of keys also 192, got {problem.Dk} and {problem.Dv}"
+    if problem.Dk not in (64, 128) or problem.Dv not in (64, 128):
+        return f"{name} needs head dims of 64 or 128, got {problem.Dk} and {problem.Dv}"
     if problem.block_size != 64:
         return f"{name} needs a block_size of 64, got {problem.block_size}"
     if padded(problem.h) not in (8, 16, 32):
