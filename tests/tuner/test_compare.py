@@ -96,7 +96,7 @@ def test_a_change_of_time_gets_its_verdict_and_its_cause(
 
 def test_a_worse_choice_is_told_apart_from_a_slower_kernel(repository: Repository, tmp_path: Path) -> None:
     def another_default(nsa: Path) -> None:
-        replace("dispatch_table.py", ('("cpu", "decode"): ("gather",)', '("cpu", "decode"): ("packed",)'))(nsa)
+        replace("defaults.py", ('("cpu", "decode"): ("gather",)', '("cpu", "decode"): ("packed",)'))(nsa)
         cost(kernel=1.06)(nsa)
 
     found = run(repository, tmp_path, another_default).scenarios[0]
