@@ -8,9 +8,10 @@ Ours is ``path="auto"``, the table's choice, and what --candidates names: {"shap
 "parameters"}]}. Nothing is timed that did not match its oracle, for outputs ``tuner.oracle``, for gradients
 ``tuner.gradient_oracle``: ``checked_tokens`` query tokens (and all keys' gradients), the largest error ``of_bound`` in
 units of its derived bound. Times are medians in microseconds over rounds, each all candidates in fresh
-random order: CUDA events with L2 flushed (``event_us``; the host runs ahead), and for decode the host's clock
-(``host_us``) and CUDA graphs, ``warm_us`` reading the same blocks again and ``cold_us`` others, over more than
-twice L2. OUT/selection.jsonl gets a line per candidate; shapes that stand there for the same commit are not run again.
+random order: CUDA events behind 1.5 ms of reading, which flushes L2 and lets a host that is not slower run ahead
+(``event_us``), and for decode the host's clock (``host_us``) and CUDA graphs, ``warm_us`` reading the same blocks again
+and ``cold_us`` others, over more than twice L2. OUT/selection.jsonl gets a line per candidate; shapes that stand there
+for the same commit are not run again.
 """
 
 from __future__ import annotations

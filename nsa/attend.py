@@ -70,7 +70,7 @@ def aligned(tensor: Tensor) -> Tensor:
     """The tensor, copied if a row does not start at a multiple of 16 bytes: FlashAttention loads as much at once."""
     item = tensor.element_size()
     if tensor.data_ptr() % 16 or any(stride * item % 16 for stride in tensor.stride()[:-1]):
-        return tensor.contiguous()
+        return tensor.clone(memory_format=torch.contiguous_format)
     return tensor
 
 

@@ -82,10 +82,15 @@ class Checker:
         return Checked(self.oracle.compare(out, "the process that is timed"), self.oracle.bound)
 
     def _reserves(self, path: SelectionPath, call: Call) -> None:
-        """Reserve size never changes the output: one below the need, one above it, with a poisoned workspace."""
-        reserves = [item for item in path.tunables(self.problem, self.inputs.query.device) if item.reserve]
-        below = {item.name: max(1, int(item.ladder[1]) // 4) for item in reserves}
-        above = {item.name: int(item.ladder[2]) for item in reserves}
+        """Reserve size never changes the output: one below the need, one above it, with a poisoned workspace.
+
+        At the default chunk of rows, for whose need the reserves' ladders are made.
+        """
+        items = path.tunables(self.problem, self.inputs.query.device)
+        reserves = [item for item in items if item.reserve]
+        chunk = {item.name: item.default for item in items if item.name == "row_chunk"}
+        below = {item.name: max(1, int(item.ladder[1]) // 4) for item in reserves} | chunk
+        above = {item.name: int(item.ladder[2]) for item in reserves} | chunk
         for label, chosen in (("below", below), ("above", above)) if reserves else ():
             workspace = self.new_workspace()
             for turn in ("first", "second"):

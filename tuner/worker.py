@@ -103,13 +103,15 @@ def serve(connection: Connection, device: str, memory_limit_bytes: int, stderr: 
             else:
                 assert bench is not None, "prepare comes first"
                 answer = getattr(bench, verb)(*argument)
-            if verb == "assess":
-                release_memory(device)  # what a proof needed may be what building it to be timed, elsewhere, wants
-            connection.send(("answer", answer))
+            reply: tuple[str, Any] = ("answer", answer)
         except Exception as error:  # noqa: BLE001  the worker's boundary: every failure becomes an outcome
-            connection.send(("raised", classify(error)))
-            if leaves(classify(error)[0], device):
-                return
+            reply = ("raised", classify(error))
+        ends = reply[0] == "raised" and leaves(reply[1][0], device)
+        if verb == "assess" and not ends:
+            release_memory(device)  # what a proof needed may be what building it to be timed, elsewhere, wants
+        connection.send(reply)
+        if ends:
+            return
 
 
 def leaves(outcome: Outcome, device: str) -> bool:

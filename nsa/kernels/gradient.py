@@ -69,8 +69,10 @@ def backward(
     units = min(lists.spans, triton.cdiv(span_tokens, lists.span_tokens))
     held = units * lists.span_tokens
     grad = grad.contiguous()
-    if backward_loads == "ring" and grad.data_ptr() % 16:
-        grad = grad.clone()
+    if backward_loads == "ring":
+        from .gradient_ring import in_bulk  # Gluon, loaded where it can run
+
+        query, grad = in_bulk(query), in_bulk(grad)
     known_of_rows = torch.empty(logsum.numel() * 4, dtype=torch.float32, device=device)
     single = lists.spans <= units
     sums = torch.float32
@@ -105,7 +107,7 @@ def backward(
     )  # fmt: skip
     query_rows, grad_rows, rows = query, grad, known_of_rows
     if backward_loads == "ring":
-        from .gradient_ring import describe  # Gluon, loaded where it can run
+        from .gradient_ring import describe
 
         query_rows, grad_rows, rows = describe(query, grad, known_of_rows)
     columns = triton.cdiv(width, COLUMNS) + triton.cdiv(value_width, COLUMNS)
@@ -208,16 +210,11 @@ def attention(
 ) -> Tensor:
     """``launch(query, key, value, selection, scale, logsum or None)``, differentiable where gradients are wanted.
 
-    Kernels take the largest raw score for the largest scaled one, so a negative scale moves into the query. Raises
-    UnsupportedPathError where the backward that is asked for could not load the query.
+    Kernels take the largest raw score for the largest scaled one, so a negative scale moves into the query.
     """
     if scale < 0:
         query, scale = -query, -scale
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        if parameters.get("backward_loads") == "ring":
-            from .gradient_ring import aligned  # Gluon, loaded where it can run
-
-            aligned(query)
         out: Tensor = SelectionFunction.apply(query, key, value, selection, scale, launch, parameters)  # type: ignore[no-untyped-call]
         return out
     return launch(query, key, value, selection, scale, None)

@@ -95,7 +95,7 @@ def row_place(row, H: tl.constexpr, TOKENS: tl.constexpr):
     return row % TOKENS * H + row // TOKENS
 
 
-@triton.jit(do_not_specialize=["S", "T", "spans", "span", "units", "item_slots"])
+@triton.jit(do_not_specialize=["LENGTH", "S", "T", "spans", "span", "units", "item_slots"])
 def nsa_gradient_block(
     Q, K, V, GRAD, ROWS, LENGTH, PAIRS, ITEMS, ITEM_COUNT, PART_Q, PART_KV,
     S, T, G, spans, span, units, item_slots, scale2, sqb, sqs, sqg, sqh, skb, skg, skt, svb, svg, svt,

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..errors import UnsupportedPathError
+from ..attend import aligned
 from .layout import context_length, power_of_two
 
 
@@ -208,7 +208,7 @@ def consume(
     gl.store(part + (keys[:, None] * (DK + DV) + (columns + DK)[None, :]), dv)
 
 
-@gluon.jit(do_not_specialize=["S", "T", "spans", "span", "units", "item_slots"])
+@gluon.jit(do_not_specialize=["LENGTH", "S", "T", "spans", "span", "units", "item_slots"])
 def nsa_gradient_ring(
     Q, K, V, GRAD, ROWS, LENGTH, PAIRS, ITEMS, ITEM_COUNT, PART_Q, PART_KV,
     S, T, G, spans, span, units, item_slots, scale2, sqb, sqs, sqg, sqh, skb, skg, skt, svb, svg, svt,
@@ -218,7 +218,7 @@ def nsa_gradient_ring(
 ):  # fmt: skip
     """Grid (B * G * units * item_slots,): as ``gradient_products.nsa_gradient_block``; a turn's rows are tokens
     outside, heads inside. Q (B, S, G, H, DK), GRAD (B, S, G, H, DV) and ROWS (B * S * G, H, 4) are descriptors of HP
-    rows."""
+    rows, so the query's strides are not asked for."""
     M: gl.constexpr = TOKENS * HP
     TYPE: gl.constexpr = Q.dtype
     TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -275,12 +275,12 @@ def nsa_gradient_ring(
 
 
 def describe(query: Tensor, grad: Tensor, known: Tensor) -> tuple[TensorDescriptor, ...]:
-    """(Q, GRAD, ROWS) as the kernel takes them. Raises UnsupportedPathError as ``aligned``."""
+    """(Q, GRAD, ROWS) as the kernel takes them; queries and gradients as ``in_bulk`` gives them."""
     heads, padded = query.shape[3], power_of_two(query.shape[3])
-    tokens = known.numel() // (heads * 4)
+    groups = known.numel() // (heads * 4)
     layout = gl.NVMMASharedLayout(0, 32, 3)
-    rows = TensorDescriptor(known, [tokens, heads, 4], [heads * 4, 4, 1], [1, padded, 4], layout)
-    return *(describe_rows(aligned(tensor), padded) for tensor in (query, grad)), rows
+    rows = TensorDescriptor(known, [groups, heads, 4], [heads * 4, 4, 1], [1, padded, 4], layout)
+    return *(describe_rows(tensor, padded) for tensor in (query, grad)), rows
 
 
 def describe_rows(tensor: Tensor, heads: int) -> TensorDescriptor:
@@ -290,12 +290,7 @@ def describe_rows(tensor: Tensor, heads: int) -> TensorDescriptor:
     return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, 1, heads, 64], layout)
 
 
-def aligned(tensor: Tensor) -> Tensor:
-    """The tensor itself. Raises UnsupportedPathError where its rows cannot be copied in bulk."""
-    strides = [stride for size, stride in zip(tensor.shape[:4], tensor.stride()[:4], strict=True) if size > 1]
-    if tensor.data_ptr() % 16 or any(stride * tensor.element_size() % 16 for stride in strides):
-        raise UnsupportedPathError(
-            "backward_loads='ring' needs queries whose start and strides are multiples of 16 bytes, got strides "
-            f"{tensor.stride()}; take backward_loads='pointer'"
-        )
-    return tensor
+def in_bulk(tensor: Tensor) -> Tensor:
+    """The tensor (B, S, G, h, D), copied if a row starts at no multiple of 16 bytes or dims share their memory."""
+    shared = any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.contiguous() if shared else aligned(tensor)

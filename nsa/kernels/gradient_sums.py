@@ -34,14 +34,11 @@ def sum_of_partials(
     UNROLL: tl.constexpr = min(N, 8)
     columns = COLUMN + tl.arange(0, PADDED)
     inside = (columns < DK)[None, None, :]
-    spot = heads * DK
-    if PAIRED:
-        spot = heads // 2 * (2 * DK) + heads % 2 * DK
     total = tl.zeros([TILE, HP, PADDED], tl.float32)
     for slot in tl.range(0, N, loop_unroll_factor=UNROLL):
         here = ((chosen >> slot) & 1) == 1
         place = unit + tl.load(PLACES + slot, mask=here, other=0)
-        source = place[:, None] * (H * DK) + spot[None, :]
+        source = (place[:, None] * H + heads[None, :]) * DK
         here = here[:, None] & real
         part = tl.load(PART_Q + source[:, :, None] + columns[None, None, :], mask=here[:, :, None] & inside, other=0.0)
         total += part.to(tl.float32)

@@ -174,8 +174,9 @@ def backward_reason(
     if parameters.get("backward_loads", "pointer") == "ring":
         if why := ring_reason(path, problem, device):
             return why
-        if rows > 32 or stages < 3 or int(parameters.get("backward_warps", 4)) != 4:
-            return f"{path} with backward_loads='ring' needs up to 32 rows, 3 stages or more and 4 warps"
+        at_once = rows // padded(problem.h) * padded(problem.h)
+        if at_once not in (16, 32) or stages < 3 or int(parameters.get("backward_warps", 4)) != 4:
+            return f"{path} with backward_loads='ring' needs 16 or 32 rows, 3 stages or more and 4 warps"
         if int(parameters.get("backward_registers", 0)):
             return f"{path} with backward_loads='ring' has its own backward_registers"
     return shared_reason(

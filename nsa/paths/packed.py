@@ -21,6 +21,7 @@ from ..rows import (
     padded_attention,
     padded_positions,
     row_chunks,
+    row_width,
     scratch,
 )
 from ..selection import Selection
@@ -88,7 +89,8 @@ def run(
     rounding = int(bucket_rounding)
     bucket = ((ranges[..., 1] - ranges[..., 0]).sum(-1) + rounding - 1) // rounding
     order = bucket.argsort(stable=True)
-    counted = bucket.new_zeros((key.shape[2] + rounding - 1) // rounding + 1)
+    longest = row_width(selection, key.shape[2]) if selection.form == "blocks" else key.shape[2]
+    counted = bucket.new_zeros((longest + rounding - 1) // rounding + 1)
     sizes = counted.scatter_add_(0, bucket, torch.ones_like(bucket)).tolist()
     rows = query.reshape(-1, 1, heads, width)
     key_view, key_base, key_step = key_rows(key, queries)

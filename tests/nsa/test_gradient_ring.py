@@ -13,8 +13,7 @@ from tests.interpreter import prepare
 
 INTERPRETED = prepare()
 
-from nsa.errors import UnsupportedPathError  # noqa: E402  kernels load Triton, which asks for its mode once
-from nsa.kernels import gradient_ring, launch, support  # noqa: E402
+from nsa.kernels import gradient_ring, launch, support  # noqa: E402  they load Triton, which asks for its mode once
 from nsa.paths import PATHS  # noqa: E402
 from nsa.problem import SelectionProblem  # noqa: E402
 from nsa.selection import Selection  # noqa: E402
@@ -78,11 +77,11 @@ class TorchRing:
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="stands in for a kernel that a GPU has")
-@pytest.mark.parametrize("sizes", [{}, {"h": 5}, {"h": 8, "Dv": 64}, {"Dk": 64, "B": 2}, {"h": 6, "S": 40}], ids=str)
+@pytest.mark.parametrize("sizes", [{}, {"h": 5}, {"h": 8, "Dv": 64}, {"Dk": 64, "B": 2}, {"h": 6, "G": 2}], ids=str)
 def test_partials_that_the_kernel_leaves_add_up_to_the_oracle(sizes: dict[str, Any], monkeypatch) -> None:
     monkeypatch.setattr(gradient_ring, "nsa_gradient_ring", TorchRing())
     monkeypatch.setattr(launch, "_plans", {})
-    inputs = make_inputs(problem(**{"S": 70, "T": 150, "dtype": "float32", **sizes}), "random", 0, DEVICE)
+    inputs = make_inputs(problem(**{"S": 9, "T": 150, "G": 1, "dtype": "float32", **sizes}), "random", 0, DEVICE)
 
     def call(case: Inputs, workspace: Workspace | None) -> Tensor:
         return PATHS["triton_token"].function()(
@@ -179,6 +178,8 @@ def test_spans_change_nothing_that_rounding_does_not_and_a_replay_nothing_at_all
         ({"h": 4}, {}, "query heads"),
         ({"h": 64}, {}, "query heads"),
         ({}, {"backward_rows": 64}, "32 rows"),
+        ({"h": 8}, {"backward_rows": 8}, "32 rows"),
+        ({"h": 8}, {"backward_rows": 24}, "32 rows"),
         ({}, {"backward_warps": 8}, "4 warps"),
         ({}, {"backward_stages": 2}, "3 stages"),
         ({}, {"backward_registers": 168}, "its own"),
@@ -221,10 +222,34 @@ def test_a_path_declares_the_kernel_that_its_backward_runs(path: str) -> None:
         assert f"^nsa_gradient_{other}$" not in required
 
 
-def test_a_query_that_cannot_be_copied_is_refused_before_the_forward() -> None:
-    inputs = make_inputs(problem(S=9, T=70, dtype="float32"), "random", 0, DEVICE)
-    wider = torch.cat((inputs.query, inputs.query[..., :1]), -1)[..., :128].requires_grad_()
-    with pytest.raises(UnsupportedPathError, match="16"):
-        PATHS["triton_token"].function()(
-            wider, inputs.key, inputs.value, inputs.selection, scale=0.1, workspace=None, **RING
-        )
+def strange_queries(query: Tensor) -> dict[str, Tensor]:
+    """Like ``query``: a slice of a projection, heads before tokens, heads that share memory, an odd start."""
+    wide = torch.cat((query, query, query), -1)
+    odd = torch.empty(query.numel() + 1, dtype=query.dtype, device=query.device)[1:].view(query.shape)
+    return {
+        "slice": wide.chunk(3, -1)[1],
+        "heads first": query.permute(0, 2, 3, 1, 4).contiguous().permute(0, 3, 1, 2, 4),
+        "shared": query[:, :, :, :1].expand_as(query),
+        "odd": odd.copy_(query),
+    }
+
+
+def test_what_cannot_be_copied_in_bulk_is_copied_first_and_nothing_else_is() -> None:
+    query = torch.randn(1, 9, 2, 16, 128).bfloat16()
+    for name, strange in strange_queries(query).items():
+        found = gradient_ring.in_bulk(strange)
+        assert torch.equal(found, strange)
+        assert found.data_ptr() % 16 == 0
+        assert all(stride * 2 % 16 == 0 and stride for stride in found.stride()[:4])
+        assert (found is strange) == (name in ("slice", "heads first"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["slice", "heads first", "shared", "odd"])
+def test_gradients_do_not_depend_on_how_the_query_lies(name: str) -> None:
+    inputs = make_inputs(problem(B=2, topk=8), "random", 0, CUDA)
+    strange = strange_queries(inputs.query)[name]
+    plain = Inputs(strange.contiguous(), inputs.key, inputs.value, inputs.selection, None)
+    lies = Inputs(strange, inputs.key, inputs.value, inputs.selection, None)
+    for one, other in zip(gradients(lies, RING), gradients(plain, RING), strict=True):
+        assert torch.equal(one, other)

@@ -264,3 +264,15 @@ def test_a_reserve_is_for_one_chunk_and_not_for_the_whole_prompt(path: str, rese
     rows = int(items["row_chunk"].default)
     assert 0 < rows < large.rows
     assert items[reserve].ladder[1] == rows * (large.row_width if path == "varlen" else 1)
+
+
+def test_packed_counts_as_many_buckets_as_rows_can_fill_however_long_the_context(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    selection = Selection.from_blocks(torch.tensor([[[[0, 3]]]]), block_size=4, context_length=4096)
+    query, key, value = tensors(selection, 4096, 2, 8, 8)
+    sizes = []
+    scatter = torch.Tensor.scatter_add_
+    monkeypatch.setattr(torch.Tensor, "scatter_add_", lambda *args: sizes.append(args[0].numel()) or scatter(*args))
+    PATHS["packed"].function()(query, key, value, selection, scale=1.0, workspace=None, bucket_rounding=4)
+    assert sizes == [3]

@@ -448,8 +448,10 @@ def test_a_proof_gives_its_memory_back_before_another_worker_builds_what_it_prov
     happened: list[str] = []
 
     class Bench:
-        def assess(self, _: str) -> None:
+        def assess(self, name: str) -> None:
             happened.append("assess")
+            if name == "wrong":
+                raise WrongResult("off by one")
 
         def build(self, _: str) -> None:
             happened.append("build")
@@ -459,7 +461,7 @@ def test_a_proof_gives_its_memory_back_before_another_worker_builds_what_it_prov
 
     class Pipe:
         def __init__(self) -> None:
-            self.requests = [("prepare", TRIAL), ("assess", ("it",)), ("build", ("it",))]
+            self.requests = [("prepare", TRIAL), ("assess", ("wrong",)), ("assess", ("it",)), ("build", ("it",))]
 
         def recv(self) -> tuple[str, Any]:
             if not self.requests:
@@ -474,4 +476,5 @@ def test_a_proof_gives_its_memory_back_before_another_worker_builds_what_it_prov
     monkeypatch.setattr(worker_process, "open_bench", lambda *_: Bench())
     monkeypatch.setattr(worker_process, "release_memory", lambda _: happened.append("release"))
     worker_process.serve(Pipe(), "cpu", 0, str(tmp_path / "log"))  # type: ignore[arg-type]
-    assert happened == ["release", "answer", "assess", "release", "answer", "build", "answer"]
+    proofs = ["assess", "release", "raised", "assess", "release", "answer"]
+    assert happened == ["release", "answer", *proofs, "build", "answer"]

@@ -1,0 +1,76 @@
+"""The tests of the Triton kernels, whose sizes are small, under compute-sanitizer on a GPU.
+
+    python benchmarks/sanitize.py --time-limit 300
+    python benchmarks/sanitize.py --tool racecheck --files test_gradient_ring
+
+Each file runs in a process of its own. Torch's memory is not cached, so that a tensor ends where its allocation ends;
+graphs cannot be captured so, and tests of graphs and replays are left out. A file without tests that ran, or cut by the
+clock, is not clean. Exits with 1 unless all files are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FILES = (
+    *("test_gradient_ring", "test_triton_union", "test_triton_paths", "test_decode", "test_interval"),
+    *("test_score_kernels", "test_compress_kernel", "test_projection"),
+)
+LEFT_OUT = "not graph and not replay and not captured"
+
+
+def command(sanitizer: str, tool: str, file: str) -> list[str]:
+    """A file's tests under a tool; leaks are of no interest, and one error is as good as a thousand."""
+    options = ["--tool", tool, "--error-exitcode", "9", "--print-limit", "5"]
+    tests = ["-m", "pytest", "-p", "no:cacheprovider", "-k", LEFT_OUT, f"tests/nsa/{file}.py"]
+    return [sanitizer, *options, sys.executable, *tests]
+
+
+def verdict(output: str, code: int) -> tuple[bool, str]:
+    """Whether a file is clean, and why. What the sanitizer and pytest printed decides, not the exit code alone."""
+    errors = [int(number.replace(",", "")) for number in re.findall(r"SUMMARY: ([\d,]+) (?:error|hazard)", output)]
+    passed = re.search(r"(\d+) passed", output)
+    failed = re.search(r"(\d+) (?:failed|error)", output.replace("ERROR SUMMARY", ""))
+    said = (
+        f"{passed.group(1) if passed else 0} passed, {sum(errors) if errors else 'no summary of'} errors, exit {code}"
+    )
+    return bool(errors and passed) and not sum(errors) and not failed and code == 0, said
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tool", choices=("memcheck", "racecheck", "synccheck", "initcheck"), default="memcheck")
+    parser.add_argument("--files", default=",".join(FILES), help="names below tests/nsa, comma-separated, in order")
+    parser.add_argument("--time-limit", type=float, default=540.0, help="seconds for everything")
+    parser.add_argument("--sanitizer", default="compute-sanitizer", help="the program, where it is not on the PATH")
+    options = parser.parse_args()
+    stop = time.monotonic() + options.time_limit
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    clean = True
+    for file in options.files.split(","):
+        began = time.monotonic()
+        try:
+            done = subprocess.run(
+                command(options.sanitizer, options.tool, file),
+                cwd=ROOT, env=environment, capture_output=True, text=True, timeout=max(1.0, stop - began), check=False,
+            )  # fmt: skip
+            fine, said = verdict(done.stdout + done.stderr, done.returncode)
+            if not fine:
+                print((done.stdout + done.stderr)[-3000:])
+        except subprocess.TimeoutExpired:
+            fine, said = False, "cut by the clock"
+        print(f"{file}: {'clean' if fine else 'NOT CLEAN'}, {said}, {time.monotonic() - began:.0f} s", flush=True)
+        clean = clean and fine
+    return 0 if clean else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
