@@ -466,3 +466,29 @@ def test_awkward_inputs_keep_the_problems_heads_dims_and_dtype() -> None:
         assert case.query.shape[3:] == (3, 12)
         assert case.value.shape[3] == 4
         assert case.query.dtype == torch.bfloat16
+
+
+def test_reserves_are_tried_below_and_above_the_need_whatever_chunk_a_candidate_takes() -> None:
+    """Large enough that not all rows are gathered at once by default: a candidate that does so needs more."""
+    posed = problem(S=1024, T=1024, Dk=64, Dv=64, topk=64)
+    path = REAL["varlen"]
+    default = path.defaults(posed, CPU)
+    assert 0 < int(default["row_chunk"]) < posed.rows
+    inputs, held = make_inputs(posed, "scored", 0, CPU), dict[int, int]()
+
+    def call(case: Any, workspace: Workspace, **changes: Any) -> torch.Tensor:
+        parameters = {**default, "row_chunk": 0, **changes}
+        out = path.function()(
+            case.query, case.key, case.value, case.selection, scale=0.1, workspace=workspace, **parameters
+        )
+        held[int(parameters["reserve_keys"])] = workspace.report().buffers["varlen.key"]
+        return out
+
+    with torch.no_grad():
+        call(inputs, Workspace(), row_chunk=default["row_chunk"], reserve_keys=0)
+        checker = Checker(posed, inputs)
+        checker.scale = 0.1
+        checker.oracle = Oracle(inputs, 0.1)
+        checker._reserves(path, call)
+    need, below, above = held[0], *(held[keys] for keys in sorted(held) if keys)
+    assert max(need, below) < above
