@@ -69,11 +69,13 @@ def backward(
     units = min(lists.spans, triton.cdiv(span_tokens, lists.span_tokens))
     held = units * lists.span_tokens
     grad = grad.contiguous()
-    if backward_loads == "ring":
-        from .gradient_ring import in_bulk  # Gluon, loaded where it can run
+    known_of_rows = torch.empty(logsum.numel() * 4, dtype=torch.float32, device=device)
+    ring = backward_loads == "ring"
+    if ring:
+        from .gradient_ring import describe, in_bulk  # Gluon, loaded where it can run
 
         query, grad = in_bulk(query), in_bulk(grad)
-    known_of_rows = torch.empty(logsum.numel() * 4, dtype=torch.float32, device=device)
+    of_rows = describe(query, grad, known_of_rows) if ring else (query, grad, known_of_rows)
     single = lists.spans <= units
     sums = torch.float32
     query_grad = torch.empty(query.shape, dtype=query.dtype, device=device)
@@ -99,22 +101,17 @@ def backward(
             "num_stages": int(backward_stages),
             "maxnreg": int(backward_registers) or None,
         }
-        known.update(_plan({**constants, "WIDE": wide}, tokens, tile, lists, options, backward_loads == "ring"))
+        known.update(_plan({**constants, "WIDE": wide}, tokens, tile, lists, options, ring))
     known["rows"](
         triton.cdiv(logsum.numel(), 32),
         out, grad, logsum, length, positions, known_of_rows, queries, keys, groups * heads, logsum.numel(),
         *position_strides,
     )  # fmt: skip
-    query_rows, grad_rows, rows = query, grad, known_of_rows
-    if backward_loads == "ring":
-        from .gradient_ring import describe
-
-        query_rows, grad_rows, rows = describe(query, grad, known_of_rows)
     columns = triton.cdiv(width, COLUMNS) + triton.cdiv(value_width, COLUMNS)
     for span in range(0, lists.spans, units):
         known["block"](
             batch * groups * units * lists.item_slots,
-            query_rows, key, value, grad_rows, rows, length, lists.pairs, lists.items, lists.item_count,
+            of_rows[0], key, value, *of_rows[1:], length, lists.pairs, lists.items, lists.item_count,
             part_query, part_keys, queries, keys, groups, lists.spans, span, units, lists.item_slots, scale * LOG2E,
             *query.stride()[:4], *key.stride()[:3], *value.stride()[:3],
         )  # fmt: skip
@@ -147,7 +144,6 @@ def _plan(
         name: Plan(nsa_gradient_key, {**adding, "TILE": COLUMNS, "ADD": name == "key_add"}, {**few, "num_stages": 4})
         for name in ("key", "key_add")
     }
-    block = Plan(nsa_gradient_block, {**constants, "TOKENS": tokens, "SPAN": lists.span_tokens}, options)
     paired = ring and constants["H"] % 2 == 0
     if ring:
         from .gradient_ring import nsa_gradient_ring
@@ -156,6 +152,8 @@ def _plan(
         own = {name: constants[name] for name in names}
         own |= {"TOKENS": tokens, "SPAN": lists.span_tokens, "STAGES": options["num_stages"], "PAIRED": paired}
         block = Plan(nsa_gradient_ring, own, {"num_warps": 4, "maxnreg": RING_REGISTERS})
+    else:
+        block = Plan(nsa_gradient_block, {**constants, "TOKENS": tokens, "SPAN": lists.span_tokens}, options)
     return {
         "rows": Plan(nsa_gradient_rows, {**of_rows, "TILE": 32}, few),
         "block": block,

@@ -6,11 +6,9 @@ import torch
 
 from ..problem import SelectionProblem
 from ..trace import ParameterValue
-from .support import Ladder, device_reason, loads_ladder, loads_reason, padded, shared_reason
+from .support import Ladder, device_reason, hopper_reason, loads_ladder, loads_reason, padded, shared_reason
 
 FORWARD = r"^nsa_interval_(forward|ring)$"
-RING_WIDTHS = (64, 128)
-"""Head dims of the kernel ``ring``: whole rows of its swizzled shared memory."""
 
 
 def ladders(path: str, problem: SelectionProblem, device: torch.device) -> list[Ladder]:
@@ -61,15 +59,7 @@ def _loads(path: str, problem: SelectionProblem, device: torch.device) -> Ladder
 
 def ring_reason(path: str, problem: SelectionProblem, device: torch.device) -> str | None:
     """Why the kernel ``ring`` cannot run the problem on the device; None if it can."""
-    if device.type != "cuda":
-        return f"{path} with loads='ring' needs a CUDA device"
-    if torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] != 9:
-        return f"{path} with loads='ring' is written for compute capability 9.0"
-    if problem.dtype not in ("float16", "bfloat16"):
-        return f"{path} with loads='ring' needs float16 or bfloat16, got {problem.dtype}"
-    if problem.Dk not in RING_WIDTHS or problem.Dv not in RING_WIDTHS:
-        return f"{path} with loads='ring' needs head dims of {RING_WIDTHS}, got {problem.Dk} and {problem.Dv}"
-    return None
+    return hopper_reason(f"{path} with loads='ring'", problem, device)
 
 
 def reason(

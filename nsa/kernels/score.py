@@ -25,11 +25,10 @@ from .interval import (
     tile_bounds,
 )
 from .layout import LOG2E, LOWEST, load_query, load_rows, power_of_two, unit_last
+from .support import RING_WIDTHS
 
 CHUNK_ELEMENTS = 2**26
 """Sums held at once: 256 MiB in float32, 512 MiB in float64."""
-RING_WIDTHS = (64, 128)
-"""Head dims of ``score_ring``: whole rows of its swizzled shared memory."""
 RANK_BLOCKS = 512
 """Blocks that one warp ranks: 16 for each lane."""
 

@@ -22,6 +22,8 @@ KERNELS = {
     "triton_decode": r"^nsa_decode_forward$",
 }
 """The kernel by which each path is recognised. A profiler shows a Triton function under its own name."""
+RING_WIDTHS = (64, 128)
+"""Head dims of the Gluon kernels: whole rows of their swizzled shared memory."""
 LIBRARIES = {
     "sdpa": SDPA,
     "flash_attn": r"^flash_attn::",
@@ -187,18 +189,25 @@ def backward_reason(
 def ring_reason(path: str, problem: SelectionProblem, device: torch.device) -> str | None:
     """Why the backward's kernel ``gradient_ring`` cannot run the problem on the device; None if it can."""
     name = f"{path} with backward_loads='ring'"
+    if why := hopper_reason(name, problem, device):
+        return why
+    if problem.block_size != 64:
+        return f"{name} needs a block_size of 64, got {problem.block_size}"
+    if padded(problem.h) not in (8, 16, 32):
+        return f"{name} needs 5 to 32 query heads per group, got {problem.h}"
+    return None
+
+
+def hopper_reason(name: str, problem: SelectionProblem, device: torch.device) -> str | None:
+    """Why a Gluon kernel for compute capability 9.0 cannot run the problem on the device; None if it can."""
     if device.type != "cuda":
         return f"{name} needs a CUDA device"
     if torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] != 9:
         return f"{name} is written for compute capability 9.0"
     if problem.dtype not in ("float16", "bfloat16"):
         return f"{name} needs float16 or bfloat16, got {problem.dtype}"
-    if problem.Dk not in (64, 128) or problem.Dv not in (64, 128):
-        return f"{name} needs head dims of 64 or 128, got {problem.Dk} and {problem.Dv}"
-    if problem.block_size != 64:
-        return f"{name} needs a block_size of 64, got {problem.block_size}"
-    if padded(problem.h) not in (8, 16, 32):
-        return f"{name} needs 5 to 32 query heads per group, got {problem.h}"
+    if problem.Dk not in RING_WIDTHS or problem.Dv not in RING_WIDTHS:
+        return f"{name} needs head dims of {RING_WIDTHS}, got {problem.Dk} and {problem.Dv}"
     return None
 
 
