@@ -15,7 +15,7 @@ from torch import Tensor
 from ..selection import Selection
 from ..trace import ParameterValue
 from ..workspace import Workspace
-from .invert import invert
+from .invert import invert, listed_item
 from .launch import Plan, call_key, plans
 from .layout import (
     LOG2E,
@@ -48,10 +48,8 @@ def nsa_block_forward(
     if i < tl.load(ITEM_COUNT + unit):
         g = bg % G
         b = bg // G
-        item = ITEMS + (unit * item_slots + i) * 3
-        first = tl.load(item) * BS
-        low = tl.load(item + 1)
-        high = tl.load(item + 2)
+        block, low, high = listed_item(ITEMS, unit, item_slots, i)
+        first = block * BS
         length = key_count(LENGTH, b, T, TENSOR_LENGTH)
         full = context_length(LENGTH, b, TENSOR_LENGTH)
         k0 = load_rows(K0, b, g, first, length - first, skb, skg, skt, 0, DK, DK0, BS, DESCRIPTOR, False)

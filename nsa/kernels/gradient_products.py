@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .invert import listed_item
 from .layout import context_length, gather_rows, key_count, load_rows, row_limit
 
 
@@ -115,10 +116,8 @@ def nsa_gradient_block(
     if i < tl.load(ITEM_COUNT + unit, mask=of_bg < spans, other=0):
         g = bg % G
         b = bg // G
-        item = ITEMS + (unit * item_slots + i) * 3
-        first = tl.load(item) * BS
-        low = tl.load(item + 1)
-        high = tl.load(item + 2)
+        block, low, high = listed_item(ITEMS, unit, item_slots, i)
+        first = block * BS
         length = key_count(LENGTH, b, T, TENSOR_LENGTH)
         rows = tl.arange(0, M)
         head = rows // TOKENS  # heads side by side: a thread's rows are of few tokens

@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..attend import aligned
+from .invert import listed_item
 from .layout import context_length, power_of_two
 
 
@@ -231,10 +232,8 @@ def nsa_gradient_ring(
     if i < gl.load(ITEM_COUNT + unit, mask=of_bg < spans, other=0):
         g = bg % G
         b = bg // G
-        item = ITEMS + (unit * item_slots + i) * 3
-        first = gl.load(item) * BS
-        low = gl.load(item + 1)
-        high = gl.load(item + 2)
+        block, low, high = listed_item(ITEMS, unit, item_slots, i)
+        first = block * BS
         pairs = PAIRS + unit * (SPAN * NP)
         qring = gl.allocate_shared_memory(TYPE, [STAGES, M, DK], TILE)
         gring = gl.allocate_shared_memory(TYPE, [STAGES, M, DV], TILE)

@@ -49,6 +49,13 @@ class Lists(NamedTuple):
 
 
 @triton.jit
+def listed_item(ITEMS, unit, item_slots, i):
+    """(block, first pair, end pair) of a unit's item ``i``."""
+    item = ITEMS + (unit * item_slots + i) * 3
+    return tl.load(item), tl.load(item + 1), tl.load(item + 2)
+
+
+@triton.jit
 def count_bits(word):
     """Set bits of each int32."""
     x = word.to(tl.uint32, bitcast=True)
