@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 SPEC = importlib.util.spec_from_file_location("sanitize", Path(__file__).parents[1] / "benchmarks" / "sanitize.py")
-assert SPEC and SPEC.loader
+assert SPEC
+assert SPEC.loader
 sanitize = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(sanitize)
 
