@@ -37,6 +37,7 @@ class Bench:
         self.lengths = self.inputs.selection.lengths.flatten().tolist()
         self.checker: Checker | None = None
         self.turns: list[tuple[Inputs, Oracle]] = []
+        self.per_replay = calls_per_replay(trial.problem)
         self.calls: dict[str, Callable[[], Any]] = {}
         watch = Stopwatch(self.device, **watch_settings(trial.problem))
         self.timer = RoundTimer(watch, sm_clock_reader(self.device))
@@ -88,7 +89,7 @@ class Bench:
         if self.checker is None:
             self.checker = Checker(self.trial.problem, self.inputs, self._workspace)
         self.checker.check_once(self.paths[candidate.path], candidate.parameters)
-        self.turns = self.turns or self._held()
+        self.turns = self.turns or self._turned(self.checker)
         workspace = self._workspace()
         call = self._call(candidate, workspace, self.inputs)
         call()
@@ -101,16 +102,12 @@ class Bench:
         call()
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        return (time.perf_counter() - began) * 1e6 / len(self.turns)
+        return (time.perf_counter() - began) * 1e6 / self.per_replay
 
-    def _held(self) -> list[tuple[Inputs, Oracle]]:
+    def _turned(self, checker: Checker) -> list[tuple[Inputs, Oracle]]:
         """The inputs of the calls that are timed together, each with its oracle; these are made one at a time."""
-        assert self.checker is not None, "build makes it"
-        cases, known = (
-            turned_inputs(self.trial.problem, self.inputs, calls_per_replay(self.trial.problem)),
-            self.checker,
-        )
-        return [(case, known.oracle if case is self.inputs else Oracle(case, known.scale)) for case in cases]
+        cases = turned_inputs(self.trial.problem, self.inputs, self.per_replay)
+        return [(case, checker.oracle if case is self.inputs else Oracle(case, checker.scale)) for case in cases]
 
     def _workspace(self) -> Workspace:
         return Workspace(memory_limit_bytes=self.memory_limit_bytes or None)
@@ -146,12 +143,11 @@ class Bench:
             calls, count=request.count, first=request.first, seed=request.seed,
             sample_us=request.sample_us, budget_s=request.budget_s, about=self.about,
         )  # fmt: skip
-        held = len(self.turns)
         return {
             name: Timing(
-                samples=[msgspec.structs.replace(sample, us=sample.us / held) for sample in found.samples],
+                samples=[msgspec.structs.replace(sample, us=sample.us / self.per_replay) for sample in found.samples],
                 dropped=found.dropped,
-                calls_per_sample=found.calls * held,
+                calls_per_sample=found.calls * self.per_replay,
             )
             for name, found in measured.items()
         }
