@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -17,8 +18,9 @@ from nsa.paths import Candidate, SelectionPath
 from nsa.workspace import Workspace
 from tuner.attest import attest, attest_replay
 from tuner.check import Checker
-from tuner.inputs import make_inputs
-from tuner.measure import RoundTimer, Stopwatch, sm_clock_reader, watch_settings
+from tuner.inputs import Inputs, make_inputs, turned_inputs
+from tuner.measure import RoundTimer, Stopwatch, calls_per_replay, sm_clock_reader, watch_settings
+from tuner.oracle import Oracle
 from tuner.record import SequenceSample
 from tuner.trial import Assessment, Rounds, Sequence, SequenceResult, Timing, Trial
 
@@ -34,6 +36,8 @@ class Bench:
         self.inputs = make_inputs(trial.problem, trial.pattern, trial.seed, self.device)
         self.lengths = self.inputs.selection.lengths.flatten().tolist()
         self.checker: Checker | None = None
+        self.turns: list[tuple[Inputs, Oracle]] = []
+        self.per_replay = calls_per_replay(trial.problem)
         self.calls: dict[str, Callable[[], Any]] = {}
         watch = Stopwatch(self.device, **watch_settings(trial.problem))
         self.timer = RoundTimer(watch, sm_clock_reader(self.device))
@@ -55,9 +59,9 @@ class Bench:
         checked = self.checker.check(path, candidate.parameters, thorough=thorough)
         evidence = path.evidence(problem, self.device, candidate.parameters, self.lengths)
         cuda = self.device.type == "cuda"
-        once = attest(lambda: self._call(candidate, self._workspace())(), evidence, cuda=cuda)
+        once = attest(lambda: self._call(candidate, self._workspace(), self.inputs)(), evidence, cuda=cuda)
         workspace = self._workspace()
-        call = self._call(candidate, workspace)
+        call = self._call(candidate, workspace, self.inputs)
         call()
         if problem.execution == "graph":  # the first call may also fill what it allocates; a replay does not
             warm = attest(call, evidence, cuda=cuda)
@@ -78,29 +82,38 @@ class Bench:
         """Make an assessed candidate ready to be timed here: one call held against the oracle, no profiler.
 
         A process that was profiled once launches kernels 1.5 times slower ever after (seen on an H200, docs/log.md),
-        so what is timed lives in another process than what was attested. Returns microseconds of one call.
+        so what is timed lives in another process than what was attested. A graph holds a call for each of the turned
+        inputs, in turn. Returns microseconds of one call.
         """
         self.about(candidate.name)
         if self.checker is None:
             self.checker = Checker(self.trial.problem, self.inputs, self._workspace)
         self.checker.check_once(self.paths[candidate.path], candidate.parameters)
-        call = self._call(candidate, self._workspace())
+        self.turns = self.turns or self._turned(self.checker)
+        workspace = self._workspace()
+        call = self._call(candidate, workspace, self.inputs)
         call()
         if self.trial.problem.execution == "graph":
-            call = captured(call)
+            calls = [self._call(candidate, workspace, case) for case, _ in self.turns]
+            call = captured(lambda: tuple(one() for one in calls))
         self.calls[candidate.name] = call
         self.recheck(candidate)
         began = time.perf_counter()
         call()
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        return (time.perf_counter() - began) * 1e6
+        return (time.perf_counter() - began) * 1e6 / self.per_replay
+
+    def _turned(self, checker: Checker) -> list[tuple[Inputs, Oracle]]:
+        """The inputs of the calls that are timed together, each with its oracle; these are made one at a time."""
+        cases = turned_inputs(self.trial.problem, self.inputs, self.per_replay)
+        return [(case, checker.oracle if case is self.inputs else Oracle(case, checker.scale)) for case in cases]
 
     def _workspace(self) -> Workspace:
         return Workspace(memory_limit_bytes=self.memory_limit_bytes or None)
 
-    def _call(self, candidate: Candidate, workspace: Workspace) -> Callable[[], Any]:
-        case, parameters = self.inputs, candidate.parameters
+    def _call(self, candidate: Candidate, workspace: Workspace, case: Inputs) -> Callable[[], Any]:
+        parameters = candidate.parameters
         run = self.paths[candidate.path].function()
         scale = case.query.shape[-1] ** -0.5
         if self.trial.problem.mode == "train":
@@ -124,22 +137,29 @@ class Bench:
         return forward
 
     def rounds(self, request: Rounds) -> dict[str, Timing]:
-        """Shared rounds over built candidates."""
+        """Shared rounds over built candidates. A sample is the time of a call: that of a replay over its calls."""
         calls = {candidate.name: self.calls[candidate.name] for candidate in request.candidates}
         measured = self.timer.rounds(
             calls, count=request.count, first=request.first, seed=request.seed,
             sample_us=request.sample_us, budget_s=request.budget_s, about=self.about,
         )  # fmt: skip
         return {
-            name: Timing(samples=found.samples, dropped=found.dropped, calls_per_sample=found.calls)
+            name: Timing(
+                samples=[msgspec.structs.replace(sample, us=sample.us / self.per_replay) for sample in found.samples],
+                dropped=found.dropped,
+                calls_per_sample=found.calls * self.per_replay,
+            )
             for name, found in measured.items()
         }
 
     def recheck(self, candidate: Candidate) -> float:
-        """Hold what the timed call itself gives, replays included, against the oracle. Raises WrongResult."""
-        assert self.checker is not None, "build comes first"
-        out = self.calls[candidate.name]()
-        return self.checker.oracle.compare(out, "the very call that is timed")
+        """Hold all that the timed call itself gives, replays included, against the oracles. Raises WrongResult."""
+        given = self.calls[candidate.name]()
+        outs = given if isinstance(given, tuple) else (given,)
+        return max(
+            oracle.compare(out, f"the very call that is timed, {number} of {len(outs)}")
+            for number, ((_, oracle), out) in enumerate(zip(self.turns, outs, strict=True), 1)
+        )
 
     def release(self, names: tuple[str, ...]) -> None:
         """Forget built candidates and the memory that their calls hold."""
@@ -170,7 +190,8 @@ class Bench:
 
 
 def captured(call: Callable[[], Any]) -> Callable[[], Any]:
-    """The call as a CUDA graph's replay, captured after three warm-up calls on a side stream; it gives the output.
+    """The call as a CUDA graph's replay, captured after three warm-up calls on a side stream; it gives what the call
+    gave: an output, or a tuple of outputs.
 
     What is returned keeps the call, and so the inputs and workspace buffers that the graph reads, alive.
     """
@@ -183,8 +204,8 @@ def captured(call: Callable[[], Any]) -> Callable[[], Any]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = call()
-    if isinstance(out, Tensor):
-        out.fill_(float("nan"))  # what a replay does not write must not be left over from the capture
+    for tensor in out if isinstance(out, tuple) else (out,):
+        tensor.fill_(float("nan"))  # what a replay does not write must not be left over from the capture
 
     def replay(_reads: Callable[[], Any] = call) -> Any:
         graph.replay()

@@ -8,6 +8,8 @@ as topk and its position allow. Whether the selection says so is the problem's `
 
 from __future__ import annotations
 
+import dataclasses
+
 import msgspec
 import torch
 from torch import Tensor
@@ -70,6 +72,55 @@ def make_inputs(problem: SelectionProblem, pattern: str, seed: int, device: torc
         blocks, block_size=p.block_size, context_length=p.T, overlap=p.overlap, complete=p.complete
     )
     return Inputs(query, key, value, selection, selection.overlap() if p.S >= 4 else None)
+
+
+def turned_inputs(problem: SelectionProblem, inputs: Inputs, calls: int) -> list[Inputs]:
+    """The inputs of ``calls`` decode calls, the first as given: where ``cold``, no two read the same keys or values.
+
+    All have one query. Where the context holds the keys of all calls they share the cache, and a row selects other
+    blocks, or its window ends earlier; else, as always in compression, which reads every key, each has a cache of its
+    own with other values, which then holds fewer than ``calls`` times what one call reads. A ``hot`` problem's are all
+    the same.
+    """
+    p = problem
+    if p.cache == "hot" or calls == 1:
+        return [inputs] * calls
+    if p.keys < calls * p.row_width:
+        return [inputs, *(with_own_cache(inputs, turn) for turn in range(1, calls))]
+    if p.operation == "window":
+        return [inputs, *(with_earlier_window(p, inputs, turn * p.window) for turn in range(1, calls))]
+    return [inputs, *(with_blocks(inputs, blocks) for blocks in other_blocks(p, inputs.selection, calls))]
+
+
+def with_own_cache(inputs: Inputs, turn: int) -> Inputs:
+    """The same call on another cache: keys and values change places, each by another distance."""
+    key, value = inputs.key.roll(turn, 2), inputs.value.roll(2 * turn, 2)
+    return Inputs(inputs.query, key, value, inputs.selection, inputs.union)
+
+
+def with_earlier_window(problem: SelectionProblem, inputs: Inputs, tokens: int) -> Inputs:
+    """The same call at a context that is so many tokens shorter, a view of the same cache."""
+    context = problem.T - tokens
+    selection = structured_selection(msgspec.structs.replace(problem, T=context), inputs.key.device)
+    return Inputs(inputs.query, inputs.key[:, :, :context], inputs.value[:, :, :context], selection, inputs.union)
+
+
+def with_blocks(inputs: Inputs, blocks: Tensor) -> Inputs:
+    """The same call with other blocks (B, S, G, n)."""
+    selection = dataclasses.replace(inputs.selection, indices=blocks)
+    return Inputs(inputs.query, inputs.key, inputs.value, selection, inputs.union)
+
+
+def other_blocks(problem: SelectionProblem, selection: Selection, calls: int) -> list[Tensor]:
+    """For each of the calls but the first topk blocks (B, 1, G, topk) int32 that neither it nor another call selects.
+
+    Of a decode call whose rows are complete. Drawn, always the same: blocks in order would be read faster.
+    """
+    p, taken = problem, selection.indices
+    generator = torch.Generator(device=taken.device).manual_seed(0)
+    score = torch.rand(*taken.shape[:3], -(-p.T // p.block_size), generator=generator, device=taken.device)
+    order = score.scatter(-1, taken.long(), 2.0).argsort(-1, descending=True).to(torch.int32)
+    return [order[..., turn * p.topk : (turn + 1) * p.topk].contiguous() for turn in range(1, calls)]
 
 
 def structured_selection(problem: SelectionProblem, device: torch.device) -> Selection:

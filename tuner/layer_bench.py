@@ -78,6 +78,7 @@ class LayerBench(Bench):
         tokens = torch.randn(trial.problem.B, trial.problem.T, self.config.dim, device=self.device)
         self.x = tokens.to(self.dtype)
         self.calls: dict[str, Callable[[], Any]] = {}
+        self.per_replay = 1
         watch = Stopwatch(self.device, cold=trial.problem.cache == "cold")
         self.timer = RoundTimer(watch, sm_clock_reader(self.device))
         self.truths: dict[int, tuple[Tensor, Tensor, Tensor, float]] = {}

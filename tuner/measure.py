@@ -1,7 +1,8 @@
 """Measure: time candidates of one problem in shared rounds, each in fresh random order. Worker side.
 
 A sample is the mean of several calls, by CUDA events on a GPU and ``perf_counter`` on a CPU, with a cache flush before
-each call where the problem says ``cold``. It compares nothing and decides nothing; samples come back raw.
+each call where the problem says ``cold``. A call may be the replay of a graph that holds several calls of a path:
+``tuner.bench`` divides by them. It compares nothing and decides nothing; samples come back raw.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ FLUSH_BYTES = 256 * 2**20
 """More than four times the largest L2 we know (60 MB on an H200)."""
 THROTTLED_BELOW = 0.75
 """Of the run's median SM clock."""
+CALLS_PER_GRAPH = 8
+"""Of a path, in the graph that a sweep times in decode. A decode step's graph holds dozens of kernels; with one call in
+it the start of a graph is in the time, and what launching a kernel before the last one ended gains is not."""
 
 Call = Callable[[], Any]
 
@@ -87,6 +91,11 @@ class Stopwatch:
 def watch_settings(problem: SelectionProblem) -> dict[str, bool]:
     """How a problem is timed. The host belongs to an eager decode step; in longer calls and replays it runs ahead."""
     return {"cold": problem.cache == "cold", "waits": problem.mode == "decode" and problem.execution == "eager"}
+
+
+def calls_per_replay(problem: SelectionProblem) -> int:
+    """Calls of a path in the graph that a sweep times; 1 where it times no graph, and beyond decode: calls are long."""
+    return CALLS_PER_GRAPH if problem.mode == "decode" and problem.execution == "graph" else 1
 
 
 def timing_event() -> torch.cuda.Event:

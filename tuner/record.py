@@ -101,6 +101,11 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     timer: dict[str, Value]
     sweep: dict[str, Any]
 
+    @property
+    def calls_per_graph(self) -> int:
+        """Calls of a path in the graph by which decode was timed. Times with another number are not comparable."""
+        return int(self.sweep.get("calls_per_graph", 1))
+
 
 class RunFolder:
     """``records/<device>/<sweep>/<run_id>/``: environment.json, trials.jsonl, and the ledger optuna.journal."""

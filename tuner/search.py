@@ -26,6 +26,7 @@ from nsa.paths import Candidate, SelectionPath
 from nsa.problem import SelectionProblem
 from tuner import stats, verdict
 from tuner.ledger import Ledger, Progress
+from tuner.measure import CALLS_PER_GRAPH
 from tuner.record import Environment, Record, RunFolder, Stage, Value, new_run_id, run_folders
 from tuner.rounds import aligned, by_round, rounds_of
 from tuner.session import Session, next_round
@@ -110,7 +111,8 @@ class Search:
 
     def asked(self) -> dict[str, Any]:
         """What is measured, as the environment of a run keeps it: the same again is the same run."""
-        return {**msgspec.to_builtins(self.sweep), "effort": self.effort.name, "registry": self.registry}
+        asked = {"effort": self.effort.name, "registry": self.registry, "calls_per_graph": CALLS_PER_GRAPH}
+        return {**msgspec.to_builtins(self.sweep), **asked}
 
     def _folder(self, identity: Any, software: Any, clocks: Any, timer: dict[str, Value]) -> tuple[RunFolder, str]:
         """The unfinished run of the same sweep, commit, effort and software on this device, or a new one.

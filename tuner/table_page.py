@@ -6,7 +6,7 @@ page, so that a page in a repository can be checked against them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nsa.dispatch_entry import DispatchEntry
@@ -26,6 +26,8 @@ def page(table: DispatchTable, records: Path) -> str:
     runs: dict[str, list[RunFolder]] = {}
     for folder in run_folders(records / table.device.slug):
         runs.setdefault(folder.path.name, []).append(folder)
+    ours = {entry.run_id for entry in table.entries} & set(runs)
+    graphs = {run_id: runs[run_id][0].environment().calls_per_graph for run_id in ours}
     blocks: dict[str, list[DispatchEntry]] = {}
     for entry in table.entries:
         blocks.setdefault(shape(entry), []).append(entry)
@@ -38,7 +40,7 @@ def page(table: DispatchTable, records: Path) -> str:
         "",
     ]
     for title, entries in blocks.items():
-        lines += [f"## {title}", "", *grid(entries, kind=table.device.kind), ""]
+        lines += [f"## {title}", "", *grid(entries, graphs, kind=table.device.kind), ""]
     lines += ["## Runs", "", "| run | sweep | commit | device, power limit, SM clock at most |", "|---|---|---|---|"]
     for run_id in dict.fromkeys(entry.run_id for entry in table.entries):
         found = runs.get(run_id, [])  # two where, before ids were random, machines began in the same second
@@ -57,11 +59,12 @@ def shape(entry: DispatchEntry) -> str:
     return f"{entry.G * entry.h}/{entry.G} heads, D {width}, {what}, {entry.dtype}"
 
 
-def call(entry: DispatchEntry) -> str:
-    """What kind of call: mode, batch, execution, overlap, level."""
+def call(entry: DispatchEntry, graphs: Mapping[str, int]) -> str:
+    """What kind of call: mode, batch, execution, overlap, level. ``graphs``: run -> calls in a timed graph."""
     words = [entry.mode + (f" B{entry.B}" if entry.B > 1 or entry.mode == "decode" else "")]
     if entry.mode == "decode":
-        words.append(entry.execution)
+        calls = graphs.get(entry.run_id, 1)
+        words.append(entry.execution + (f" of {calls} calls" if entry.execution == "graph" and calls > 1 else ""))
     if entry.operation == "selection" and entry.mode != "decode":
         words.append(entry.pattern + (", complete" if entry.complete else ""))
     if entry.level == "layer":
@@ -69,22 +72,22 @@ def call(entry: DispatchEntry) -> str:
     return ", ".join(words)
 
 
-def grid(entries: Sequence[DispatchEntry], *, kind: str) -> list[str]:
+def grid(entries: Sequence[DispatchEntry], graphs: Mapping[str, int], *, kind: str) -> list[str]:
     """One row a kind of call, one column a context."""
     contexts = sorted({entry.T for entry in entries})
     rows: dict[str, dict[int, DispatchEntry]] = {}
     for entry in entries:
-        rows.setdefault(call(entry), {})[entry.T] = entry
+        rows.setdefault(call(entry, graphs), {})[entry.T] = entry
     lines = [f"| | {' | '.join(map(str, contexts))} |", "|---|" + "---|" * len(contexts)]
-    for name in sorted(rows, key=lambda name: order(next(iter(rows[name].values())))):
+    for name in sorted(rows, key=lambda name: (*order(next(iter(rows[name].values()))), name)):
         cells = [cell(rows[name][context], kind=kind) if context in rows[name] else "" for context in contexts]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 
-def order(entry: DispatchEntry) -> tuple[int, int, str]:
+def order(entry: DispatchEntry) -> tuple[int, int]:
     """Prefill, train, decode; batches by size."""
-    return ("prefill", "train", "decode").index(entry.mode), entry.B, call(entry)
+    return ("prefill", "train", "decode").index(entry.mode), entry.B
 
 
 def cell(entry: DispatchEntry, *, kind: str) -> str:

@@ -101,10 +101,14 @@ def shootouts(records: Iterable[Record]) -> Iterable[list[Record]]:
 
 
 def path_tables(found: Validation, mode: str) -> Iterable[Table]:
-    """Per shape: each problem's finalists against its default."""
+    """Per shape: each problem's finalists against its default. By graphs of another number of calls: another table."""
+    environments = {run.environment.run_id: run.environment for run in found.sweeps}
     tables: dict[str, list[tuple[Cell, ...]]] = {}
     for group in shootouts(found.of_mode(mode)):
         title = f"{operation_of(group[0])}, {shape_line(group[0].problem)}, {group[0].pattern}"
+        calls = environments[group[0].run_id].calls_per_graph
+        if calls > 1 and mode == "decode" and group[0].problem["execution"] == "graph":
+            title += f", graphs of {calls} calls"
         tables.setdefault(title, []).extend(path_rows(group))
     columns = ("context", "path", "median us", "time / default's", "verdict", "pairs", "E", "peak")
     for title, rows in tables.items():

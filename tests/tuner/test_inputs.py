@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 import torch
 
+from nsa.paths import reference
 from nsa.problem import SelectionProblem
-from tuner.inputs import CORRELATION, Inputs, make_inputs, walk
+from tuner.inputs import CORRELATION, Inputs, make_inputs, turned_inputs, walk
+from tuner.oracle import Oracle, WrongResult
 
 CPU = torch.device("cpu")
 PATTERNS = ("scored", "smooth", "random")
@@ -162,3 +164,112 @@ def test_the_same_call_at_a_shorter_context_is_causal_too(mode: str, context: in
     assert (part.selection.lengths <= position + 1).all()
     assert (part.selection.ranges[..., 1] <= context).all()
     assert part.selection.lengths.min() >= 1
+
+
+# Turned inputs
+
+CALLS_IN_A_GRAPH = 8
+
+
+def decode(**changes: Any) -> SelectionProblem:
+    """A cold decode call by graph; 8 calls of 3 blocks need 384 keys."""
+    fields = {"mode": "decode", "S": 1, "topk": 3, "execution": "graph", "cache": "cold"}
+    return problem(**{**fields, **changes})
+
+
+BRANCH = {"block_size": 0, "topk": 1, "form": "ranges"}
+SHARED = {
+    "as many blocks as the calls need": decode(T=384),
+    "a tail block": decode(T=405),
+    "many more blocks": decode(T=2048, B=3),
+    "a window": decode(T=120, **BRANCH, operation="window", window=15),
+}
+OWN = {
+    "a block too few": decode(T=383),
+    "every block selected": decode(T=48),
+    "fewer blocks than topk": decode(T=32),
+    "a window": decode(T=119, **BRANCH, operation="window", window=15),
+    "compressed tokens": decode(T=400, **BRANCH, operation="compression", kernel_size=8, kernel_stride=4),
+}
+
+
+def turned(posed: SelectionProblem, pattern: str = "random") -> list[Inputs]:
+    """Eight calls' inputs."""
+    given = make_inputs(posed, pattern if posed.operation == "selection" else "fixed", 0, CPU)
+    found = turned_inputs(posed, given, CALLS_IN_A_GRAPH)
+    assert found[0] is given
+    assert len(found) == CALLS_IN_A_GRAPH
+    return found
+
+
+def read_keys(posed: SelectionProblem, case: Inputs) -> torch.Tensor:
+    """Which keys each row reads, (B, G, T), from the selection's ranges."""
+    key = torch.arange(posed.keys)
+    start, end = case.selection.ranges[:, 0].unbind(-1)
+    return ((key >= start[..., None]) & (key < end[..., None])).any(2)
+
+
+@pytest.mark.parametrize("pattern", ["random", "scored"])
+@pytest.mark.parametrize("name", SHARED)
+def test_turned_calls_share_a_cache_that_holds_keys_for_all_and_no_row_reads_a_key_twice(
+    name: str, pattern: str
+) -> None:
+    posed = SHARED[name]
+    found = turned(posed, pattern)
+    assert {(case.key.data_ptr(), case.value.data_ptr()) for case in found} == {
+        (found[0].key.data_ptr(), found[0].value.data_ptr())
+    }
+    reads = torch.stack([read_keys(posed, case) for case in found])
+    assert reads.sum(0).max() == 1
+    assert (reads[1:].sum(-1) == posed.row_width).all()
+
+
+@pytest.mark.parametrize("name", [name for name in SHARED if name != "a window"])
+def test_turned_rows_hold_distinct_eligible_blocks_of_the_same_type_and_layout(name: str) -> None:
+    posed = SHARED[name]
+    given, *others = (case.selection for case in turned(posed))
+    for selection in others:
+        blocks = selection.indices
+        assert blocks.shape == given.indices.shape
+        assert blocks.dtype == torch.int32
+        assert blocks.is_contiguous()
+        assert ((blocks >= 0) & (blocks * posed.block_size < posed.T)).all()
+        assert (blocks.sort(-1).values.diff() > 0).all()
+        assert (selection.overlap_hint, selection.complete) == (given.overlap_hint, given.complete)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_turned_calls_have_caches_of_their_own_where_the_context_is_short(name: str) -> None:
+    found = turned(OWN[name])
+    for part in ("key", "value"):
+        tensors = [getattr(case, part) for case in found]
+        assert len({tensor.data_ptr() for tensor in tensors}) == CALLS_IN_A_GRAPH
+        assert {(tensor.shape, tensor.stride()) for tensor in tensors} == {(tensors[0].shape, tensors[0].stride())}
+    assert all(case.selection is found[0].selection for case in found)
+
+
+@pytest.mark.parametrize("posed", [*SHARED.values(), *OWN.values()])
+def test_each_turned_call_has_a_result_of_its_own_for_the_same_query(posed: SelectionProblem) -> None:
+    found = turned(posed)
+    assert all(case.query is found[0].query for case in found)
+    known = [Oracle(case, posed.Dk**-0.5) for case in found]
+    outs = [oracle.truth.float() for oracle in known]
+    for one, oracle in enumerate(known):
+        for other, out in enumerate(outs):
+            if one == other:
+                oracle.compare(out, "its own")
+            else:
+                with pytest.raises(WrongResult, match="off by"):
+                    oracle.compare(out, "another's")
+
+
+def test_a_turned_calls_oracle_is_that_of_the_reference_on_its_inputs() -> None:
+    for case in turned(SHARED["a tail block"]):
+        truth = reference.run(case.query, case.key, case.value, case.selection, scale=0.5)
+        assert torch.equal(Oracle(case, 0.5).truth, truth)
+
+
+@pytest.mark.parametrize("posed", [decode(T=405, cache="hot"), decode(T=48, cache="hot")])
+def test_hot_calls_all_read_the_same(posed: SelectionProblem) -> None:
+    found = turned(posed)
+    assert all(case is found[0] for case in found)

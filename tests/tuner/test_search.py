@@ -15,6 +15,7 @@ from optuna.storages.journal import JournalFileBackend
 from nsa.device import device_identity, software_identity
 from nsa.paths import PATHS, Parameter
 from tests.tuner import misbehaving
+from tuner.measure import CALLS_PER_GRAPH
 from tuner.record import Environment, Record, RunFolder, by_problem
 from tuner.report import compared_with
 from tuner.search import Listener, Search, fewest_pairs
@@ -222,6 +223,20 @@ def test_another_sweep_or_a_finished_one_starts_a_run_of_its_own(
     folder, word = next_one._folder(device_identity("cpu"), software_identity(), {}, {})
     assert folder.path != resumed.folder.path
     assert word == ""
+
+
+def test_a_run_timed_by_graphs_of_another_number_of_calls_is_not_gone_on_with(
+    resumed: Swept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = resumed.folder.environment()
+    assert before.calls_per_graph == before.sweep["calls_per_graph"] == CALLS_PER_GRAPH
+    monkeypatch.setattr(RunFolder, "complete", False)
+    old = {name: value for name, value in before.sweep.items() if name != "calls_per_graph"}
+    monkeypatch.setattr(RunFolder, "environment", lambda _: msgspec.structs.replace(before, sweep=old))
+    monkeypatch.setattr(RunFolder, "start", lambda *_: None)
+    next_one = search(written(tmp_path, LISTED), resumed.folder.path.parents[3])
+    folder, _ = next_one._folder(device_identity("cpu"), software_identity(), {}, {})
+    assert folder.path != resumed.folder.path
 
 
 def test_the_same_sweep_unfinished_is_gone_on_with(

@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from nsa.dispatch_table import DispatchTable, read_dispatch_table
+from tuner.record import RunFolder, run_folders
 from tuner.table_page import page
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +34,20 @@ def test_every_cell_of_the_readme_stands_on_a_committed_page(file: Path) -> None
     assert shown
     known = cells(file.with_suffix(".md").read_text())
     assert [cell for cell in shown if not any(one.startswith(cell) for one in known)] == []
+
+
+def test_picks_timed_by_graphs_of_another_number_of_calls_stand_in_a_row_of_their_own(tmp_path: Path) -> None:
+    table = read_dispatch_table(TABLES[0])
+    entry = next(one for one in table.entries if one.mode == "decode" and one.execution == "graph")
+    entries = (entry, msgspec.structs.replace(entry, T=2 * entry.T, run_id="new"))
+    records = ROOT / "results" / "records" / table.device.slug
+    (old,) = (folder.environment() for folder in run_folders(records) if folder.path.name == entry.run_id)
+    new = msgspec.structs.replace(old, run_id="new", sweep={**old.sweep, "calls_per_graph": 8})
+    for environment in (old, new):
+        RunFolder(tmp_path / table.device.slug / environment.run_id).start(environment)
+    text = page(DispatchTable(device=table.device, software=table.software, entries=entries), tmp_path)
+    rows = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| decode")]
+    assert rows == [f"| decode B{entry.B}, graph", f"| decode B{entry.B}, graph of 8 calls"]
 
 
 def test_a_pick_that_is_not_certified_says_so(tmp_path: Path) -> None:

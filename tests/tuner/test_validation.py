@@ -21,6 +21,8 @@ from tests.tuner.validated import (
     SLUG,
     STEPS,
     compare_lines,
+    environment,
+    problem,
     reading,
     record,
     route,
@@ -32,11 +34,12 @@ from tests.tuner.validated import (
 )
 from tuner.cli import app
 from tuner.kernel_kinds import kind_of
-from tuner.record import RecordError
+from tuner.record import RecordError, RunFolder
 from tuner.trees import Tree
 from tuner.validation import read_validation
 from tuner.validation_report import as_html, as_markdown, as_text, document_of
 from tuner.validation_rules import FAILED, Recommendation, recommend
+from tuner.validation_times import path_tables
 
 ROOT = Path(__file__).parent.parent.parent
 PR31 = ROOT / "results" / "pr31"
@@ -228,6 +231,23 @@ def test_a_line_that_is_no_record_is_named(tmp_path: Path) -> None:
     file.write_text('{"what": 1}\n')
     with pytest.raises(RecordError, match=r"training\.jsonl:1"):
         read_validation(tmp_path)
+
+
+def test_times_by_graphs_of_another_number_of_calls_stand_in_a_table_of_their_own(tmp_path: Path) -> None:
+    write_good(tmp_path)
+    by_graph = {T: {**msgspec.to_builtins(problem("decode", T)), "execution": "graph"} for T in (1024, 2048)}
+    for run_id, T, clock in (("old-run", 1024, {}), ("new-run", 2048, {"calls_per_graph": 8})):
+        folder = RunFolder(tmp_path / "records" / SLUG / "quick" / run_id)
+        folder.start(environment(run_id, {"name": "quick", **clock}))
+        both = [record(path, baseline=path == "varlen", problem=by_graph[T]) for path in ("varlen", "dense")]
+        folder.append([msgspec.structs.replace(one, run_id=run_id) for one in both])
+    tables = path_tables(read_validation(tmp_path), "decode")
+    shown = {table.caption: {row[0].text for row in table.rows} for table in tables}
+    by_graphs = {caption.split("graph, ")[1]: rows for caption, rows in shown.items() if "graph, " in caption}
+    assert by_graphs == {
+        "hot cache, high overlap, scored": {"1024"},
+        "hot cache, high overlap, scored, graphs of 8 calls": {"2048"},
+    }
 
 
 def test_a_layers_combinations_are_compared_among_themselves(tmp_path: Path) -> None:
