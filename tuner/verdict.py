@@ -140,7 +140,7 @@ def pick(default: str, samples: Mapping[str, npt.ArrayLike], peaks: Mapping[str,
     Candidates with E >= K / alpha for "faster than the default" are eligible (K = number of candidates), unless another
     eligible one is certified faster than they are. The best of them has the smallest mean log ratio to the default; the
     tied set is what it is not certified faster than, at the same threshold. Among tied eligible ones the smaller peak
-    wins, then the smaller median log ratio, then the name. With probability 1 - alpha or more, whatever wins over the
+    wins, then the smaller `stats.ratio`, then the name. With probability 1 - alpha or more, whatever wins over the
     default is faster than it.
 
     Args:
@@ -158,8 +158,7 @@ def pick(default: str, samples: Mapping[str, npt.ArrayLike], peaks: Mapping[str,
     others = [name for name in sorted(samples) if name != default]
     moves = {name: log_ratios(samples[default], samples[name]) for name in others}
     centres = {default: 0.0} | {name: _mean(move) for name, move in moves.items()}
-    middles = {name: float(np.median(move)) for name, move in moves.items() if move.size}
-    winner = min(tied & eligible, key=lambda name: (peaks[name], middles[name], name), default=default)
+    winner = min(tied & eligible, key=lambda name: (peaks[name], stats.ratio(moves[name]), name), default=default)
     runner_up = min(sorted(samples.keys() - {winner}), key=centres.__getitem__, default=None)
     against = default if winner != default else runner_up
     pairs = np.empty(0) if against is None else log_ratios(samples[against], samples[winner])
