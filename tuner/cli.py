@@ -14,6 +14,7 @@ import typer
 
 from tuner.checkout import current_commit
 from tuner.gate_cli import CommitOption, DeviceOption, JsonFlag, clear_errors, mount
+from tuner.record import DEFAULT_REGISTRY
 
 app = typer.Typer(
     name="nsa-tune",
@@ -61,7 +62,7 @@ def sweep(
     dry_run: Annotated[bool, typer.Option(help="Say what would be measured, and stop.")] = False,
     device: DeviceOption = "auto",
     commit: CommitOption = "",
-    registry: Annotated[str, typer.Option(help="module:NAME of the paths to measure.")] = "nsa.paths:PATHS",
+    registry: Annotated[str, typer.Option(help="module:NAME of the paths to measure.")] = DEFAULT_REGISTRY,
     json: JsonFlag = False,
 ) -> None:
     """Check, attest and time every candidate, and write the dispatch table that the runtime consults."""

@@ -18,8 +18,8 @@ from nsa.paths import SelectionPath
 from nsa.planning import DEPLOYED_CACHE
 from nsa.problem import DType, Mode, Operation, SelectionProblem
 from tuner import report
-from tuner.console import DEFAULT_REGISTRY, choose_device, emit, read_registry, results_console
-from tuner.record import RunFolder, run_folders, write_whole
+from tuner.console import choose_device, emit, read_registry, results_console
+from tuner.record import DEFAULT_REGISTRY, RunFolder, run_folders, write_whole
 from tuner.regret import mean_regrets, regrets
 from tuner.sweep import SweepError
 from tuner.table import entries_of, write_table

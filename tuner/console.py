@@ -13,8 +13,6 @@ from rich.console import Console
 from nsa.paths import SelectionPath
 from tuner.sweep import SweepError
 
-DEFAULT_REGISTRY = "nsa.paths:PATHS"
-
 
 def results_console() -> Console:
     """Stdout; not narrower than the tables where it is a file or a pipe."""

@@ -1,7 +1,7 @@
 """Plot: a run's figures and their gallery, from its records and table entries. Needs no GPU.
 
 ``draw_run`` reads a run folder, computes what is to be seen (``plot_info``, ``reserves``), has it drawn
-(``plot_panels``, ``plot_picks``) and writes SVG, PNG and a README that names command, run, commit and device of each. A
+(``plot_panels``, ``plot_picks``) and writes SVG, PNG and a README that names their command, run, commit and device. A
 figure is written only where there is something to show. ``tuner.plot_regressions`` draws histories of commits.
 """
 
@@ -20,6 +20,7 @@ from tuner.plot_picks import evidence_figure, winners_figure
 from tuner.plot_style import house_style, path_styles, save
 from tuner.record import Environment, Record, RunFolder, write_whole
 from tuner.reserves import reserve_panels
+from tuner.sweep import sweep_command_line
 
 PANELS_PER_FIGURE = 8
 ROWS_PER_FIGURE = 40
@@ -102,21 +103,18 @@ def origin(environment: Environment) -> str:
 
 
 def gallery_text(gallery: Sequence[Sheet], environment: Environment, run: Path) -> str:
-    """The gallery's Markdown: each figure with what it shows and the command, run, commit and device behind it.
+    """The gallery's Markdown: the command, run, commit and device behind the figures, and what each shows.
 
     ``run``: the run's folder, shown relative to the working directory where it lies below.
     """
     shown = run.resolve().relative_to(Path.cwd()) if run.resolve().is_relative_to(Path.cwd()) else run
-    sweep, effort = environment.sweep.get("name", ""), environment.sweep.get("effort", "quick")
-    made = (
-        f"| command | run | commit | device |\n|---|---|---|---|\n"
-        f"| `{environment.tool} {sweep} --effort {effort}`, then `nsa-tune plot {shown}` "
-        f"| `{environment.run_id}` | `{environment.commit}` "
-        f"| {environment.device.get('name')} (`{environment.device.get('slug')}`) |\n"
-    )
     parts = [
         f"# Figures of run {environment.run_id}\n",
+        "| command | run | commit | device |\n|---|---|---|---|\n"
+        f"| `{sweep_command_line(environment.sweep)}`, then `nsa-tune plot {shown}` "
+        f"| `{environment.run_id}` | `{environment.commit}` "
+        f"| {environment.device.get('name')} (`{environment.device.get('slug')}`) |\n",
         "64/4 heads: 64 query heads on 4 key/value heads. The sweep's axes: `environment.json`.\n",
     ]
-    parts += [f"## {sheet.shows}\n\n![{sheet.shows}]({sheet.name}.svg)\n\n{made}" for sheet in gallery]
+    parts += [f"## {sheet.shows}\n\n![{sheet.shows}]({sheet.name}.svg)\n" for sheet in gallery]
     return "\n".join(parts if gallery else [*parts, "Nothing was measured, so there is nothing to show.\n"])

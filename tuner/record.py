@@ -20,6 +20,8 @@ import msgspec
 Outcome = Literal["ok", "unsupported", "wrong", "fell_back", "oom", "crash", "hang", "compile_error"]
 Stage = Literal["screen", "shootout", "reserve"]
 Value = int | float | str | bool
+DEFAULT_REGISTRY = "nsa.paths:PATHS"
+"""``module:NAME`` of the paths that are measured where none is named."""
 
 
 class RecordError(ValueError):
@@ -101,10 +103,10 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     timer: dict[str, Value]
     sweep: dict[str, Any]
 
-    @property
-    def calls_per_graph(self) -> int:
-        """Calls of a path in the graph by which decode was timed. Times with another number are not comparable."""
-        return int(self.sweep.get("calls_per_graph", 1))
+    def execution_words(self, mode: str, execution: str) -> str:
+        """``eager``, ``graph``, or ``graph of 8 calls`` in decode. Times by another number of calls do not compare."""
+        calls = int(self.sweep.get("calls_per_graph", 1))
+        return f"graph of {calls} calls" if (mode, execution) == ("decode", "graph") and calls > 1 else execution
 
 
 class RunFolder:

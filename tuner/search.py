@@ -27,7 +27,7 @@ from nsa.problem import SelectionProblem
 from tuner import stats, verdict
 from tuner.ledger import Ledger, Progress
 from tuner.measure import CALLS_PER_GRAPH
-from tuner.record import Environment, Record, RunFolder, Stage, Value, new_run_id, run_folders
+from tuner.record import DEFAULT_REGISTRY, Environment, Record, RunFolder, Stage, Value, new_run_id, run_folders
 from tuner.rounds import aligned, by_round, rounds_of
 from tuner.session import Session, next_round
 from tuner.space import Effort, reserve_rungs, space_of
@@ -68,7 +68,7 @@ class Search:
         effort: Effort,
         paths: Mapping[str, SelectionPath],
         storage: str | None = None,
-        registry: str = "nsa.paths:PATHS",
+        registry: str = DEFAULT_REGISTRY,
         listener: Listener | None = None,
     ) -> None:
         self.sweep, self.out, self.device, self.commit, self.effort = sweep, out, device, commit, effort

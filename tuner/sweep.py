@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from nsa.dispatch_entry import Level
 from nsa.errors import ArgumentError
 from nsa.problem import CacheState, DType, Execution, Mode, Operation, SelectionProblem
 from nsa.trace import ParameterValue
+from tuner.record import DEFAULT_REGISTRY
 
 Pattern = Literal["scored", "smooth", "random"]
 FIXED = "fixed"
@@ -111,6 +112,26 @@ def read_sweep(name_or_file: str, overrides: Sequence[str] = ()) -> SweepDefinit
         return msgspec.convert(raw, SweepDefinition)
     except msgspec.ValidationError as error:
         raise SweepError(f"{path}: {error}; a sweep has {', '.join(SweepDefinition.__struct_fields__)}") from error
+
+
+def sweep_command_line(asked: Mapping[str, Any]) -> str:
+    """The command that asks for a recorded sweep (``Environment.sweep``): what it has unlike the file of its name now.
+
+    A sweep that is not of this project is named by its file's name alone: its axes stand in the run's environment.
+    """
+    name = str(asked["name"])
+    ours = name in sweep_names()
+    words = ["nsa-tune sweep", name if ours else f"{name}.toml"]
+    if ours:
+        file, ran = read_sweep(name), msgspec.convert(asked["axes"], Axes)
+        for axis in Axes.__struct_fields__:
+            values: tuple[Any, ...] = getattr(ran, axis)
+            if values != getattr(file.axes, axis):
+                words.append(f"--set {axis}={','.join(str(value) for value in values).lower()}")
+        words += [f"--budget {asked['budget_s']:g}s"] if asked["budget_s"] != file.budget_s else []
+    for option, usual in (("effort", "quick"), ("registry", DEFAULT_REGISTRY)):
+        words += [f"--{option} {asked[option]}"] if asked.get(option, usual) != usual else []
+    return " ".join(words)
 
 
 def sweep_names() -> list[str]:

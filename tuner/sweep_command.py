@@ -15,10 +15,10 @@ from nsa.dispatch_table import DispatchTable, read_dispatch_table, user_table_pa
 from nsa.errors import DispatchTableError
 from nsa.paths import SelectionPath
 from tuner import report
-from tuner.console import DEFAULT_REGISTRY, choose_device, emit, read_registry, results_console, seconds
+from tuner.console import choose_device, emit, read_registry, results_console, seconds
 from tuner.layer_search import LayerSearch
 from tuner.ledger import size_of
-from tuner.record import RunFolder
+from tuner.record import DEFAULT_REGISTRY, RunFolder
 from tuner.search import Search
 from tuner.space import EFFORTS, space_of
 from tuner.sweep import SweepDefinition, SweepError, families, read_sweep

@@ -12,6 +12,7 @@ from pathlib import Path
 from nsa.dispatch_entry import DispatchEntry
 from nsa.dispatch_table import DispatchTable
 from tuner.record import Environment, RunFolder, run_folders
+from tuner.sweep import sweep_command_line
 
 EXPLANATION = (
     "Each cell: the path, its median time, and that over the default's time in shared rounds with its interval "
@@ -27,7 +28,7 @@ def page(table: DispatchTable, records: Path) -> str:
     for folder in run_folders(records / table.device.slug):
         runs.setdefault(folder.path.name, []).append(folder)
     ours = {entry.run_id for entry in table.entries} & set(runs)
-    graphs = {run_id: runs[run_id][0].environment().calls_per_graph for run_id in ours}
+    environments = {run_id: runs[run_id][0].environment() for run_id in ours}
     blocks: dict[str, list[DispatchEntry]] = {}
     for entry in table.entries:
         blocks.setdefault(shape(entry), []).append(entry)
@@ -40,8 +41,8 @@ def page(table: DispatchTable, records: Path) -> str:
         "",
     ]
     for title, entries in blocks.items():
-        lines += [f"## {title}", "", *grid(entries, graphs, kind=table.device.kind), ""]
-    lines += ["## Runs", "", "| run | sweep | commit | device, power limit, SM clock at most |", "|---|---|---|---|"]
+        lines += [f"## {title}", "", *grid(entries, environments, kind=table.device.kind), ""]
+    lines += ["## Runs", "", "| run | command | commit | device, power limit, SM clock at most |", "|---|---|---|---|"]
     for run_id in dict.fromkeys(entry.run_id for entry in table.entries):
         found = runs.get(run_id, [])  # two where, before ids were random, machines began in the same second
         lines += [run_line(folder) for folder in found] or [f"| {run_id} | its records are not here | | |"]
@@ -59,12 +60,12 @@ def shape(entry: DispatchEntry) -> str:
     return f"{entry.G * entry.h}/{entry.G} heads, D {width}, {what}, {entry.dtype}"
 
 
-def call(entry: DispatchEntry, graphs: Mapping[str, int]) -> str:
-    """What kind of call: mode, batch, execution, overlap, level. ``graphs``: run -> calls in a timed graph."""
+def call(entry: DispatchEntry, environments: Mapping[str, Environment]) -> str:
+    """What kind of call: mode, batch, execution, overlap, level. ``environments``: by run."""
     words = [entry.mode + (f" B{entry.B}" if entry.B > 1 or entry.mode == "decode" else "")]
     if entry.mode == "decode":
-        calls = graphs.get(entry.run_id, 1)
-        words.append(entry.execution + (f" of {calls} calls" if entry.execution == "graph" and calls > 1 else ""))
+        made = environments.get(entry.run_id)
+        words.append(made.execution_words(entry.mode, entry.execution) if made else entry.execution)
     if entry.operation == "selection" and entry.mode != "decode":
         words.append(entry.pattern + (", complete" if entry.complete else ""))
     if entry.level == "layer":
@@ -72,12 +73,12 @@ def call(entry: DispatchEntry, graphs: Mapping[str, int]) -> str:
     return ", ".join(words)
 
 
-def grid(entries: Sequence[DispatchEntry], graphs: Mapping[str, int], *, kind: str) -> list[str]:
+def grid(entries: Sequence[DispatchEntry], environments: Mapping[str, Environment], *, kind: str) -> list[str]:
     """One row a kind of call, one column a context."""
     contexts = sorted({entry.T for entry in entries})
     rows: dict[str, dict[int, DispatchEntry]] = {}
     for entry in entries:
-        rows.setdefault(call(entry, graphs), {})[entry.T] = entry
+        rows.setdefault(call(entry, environments), {})[entry.T] = entry
     lines = [f"| | {' | '.join(map(str, contexts))} |", "|---|" + "---|" * len(contexts)]
     for name in sorted(rows, key=lambda name: (*order(next(iter(rows[name].values()))), name)):
         cells = [cell(rows[name][context], kind=kind) if context in rows[name] else "" for context in contexts]
@@ -112,4 +113,4 @@ def run_line(folder: RunFolder) -> str:
     units = {"power_limit_w": "W", "max_sm_mhz": "MHz"}
     known = [f"{found.clocks[name]:g} {unit}" for name, unit in units.items() if found.clocks.get(name)]
     machine = ", ".join((str(found.device["name"]), *known))
-    return f"| {found.run_id} | {found.sweep['name']} | {found.commit[:12]} | {machine} |"
+    return f"| {found.run_id} | `{sweep_command_line(found.sweep)}` | {found.commit[:12]} | {machine} |"

@@ -9,7 +9,7 @@ import msgspec
 
 from nsa.paths import Candidate
 from nsa.problem import SelectionProblem
-from tuner.record import Outcome, Sample, SequenceSample
+from tuner.record import DEFAULT_REGISTRY, Outcome, Sample, SequenceSample
 
 
 class Trial(msgspec.Struct, frozen=True, kw_only=True):
@@ -22,7 +22,7 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     pattern: str
     seed: int
     device: str
-    registry: str = "nsa.paths:PATHS"
+    registry: str = DEFAULT_REGISTRY
 
 
 class Assessment(msgspec.Struct, frozen=True, kw_only=True):

@@ -106,9 +106,9 @@ def path_tables(found: Validation, mode: str) -> Iterable[Table]:
     tables: dict[str, list[tuple[Cell, ...]]] = {}
     for group in shootouts(found.of_mode(mode)):
         title = f"{operation_of(group[0])}, {shape_line(group[0].problem)}, {group[0].pattern}"
-        calls = environments[group[0].run_id].calls_per_graph
-        if calls > 1 and mode == "decode" and group[0].problem["execution"] == "graph":
-            title += f", graphs of {calls} calls"
+        execution = str(group[0].problem["execution"])
+        timed = environments[group[0].run_id].execution_words(mode, execution)
+        title += f", {timed}" if timed != execution else ""
         tables.setdefault(title, []).extend(path_rows(group))
     columns = ("context", "path", "median us", "time / default's", "verdict", "pairs", "E", "peak")
     for title, rows in tables.items():

@@ -1,15 +1,29 @@
 """Claims about sweep files: those we ship expand, overrides reach every axis, and a typo is named."""
 
+import itertools
 from pathlib import Path
 from typing import Any, get_args
 
+import msgspec
 import pytest
 import torch
 
 from nsa.paths import PATHS
 from tuner import sweep as module
 from tuner.console import seconds
-from tuner.sweep import SHAPE_AXES, Axes, SweepDefinition, SweepError, families, read_sweep, sweep_names
+from tuner.record import DEFAULT_REGISTRY, RunFolder
+from tuner.sweep import (
+    SHAPE_AXES,
+    Axes,
+    SweepDefinition,
+    SweepError,
+    families,
+    read_sweep,
+    sweep_command_line,
+    sweep_names,
+)  # fmt: skip
+
+ROOT = Path(__file__).parents[2]
 
 TINY = """
 name = "tiny"
@@ -55,6 +69,41 @@ def test_every_sweep_of_the_project_names_paths_and_parameters_that_exist(name: 
         own = [problem for problem in problems if problem.operation in PATHS[path].operations]
         known = {item.name for problem in own for item in PATHS[path].tunables(problem, torch.device("cpu"))}
         assert set(ladders) <= known, path
+
+
+def recorded(
+    *arguments: str, budget: str | None = None, effort: str = "quick", registry: str = DEFAULT_REGISTRY
+) -> Any:
+    """What the environment of a run that was asked for so keeps of its sweep, as JSON gives it back."""
+    definition = read_sweep(arguments[0], arguments[1:])
+    definition = msgspec.structs.replace(definition, budget_s=seconds(budget)) if budget else definition
+    asked = {**msgspec.to_builtins(definition), "effort": effort, "registry": registry}
+    return msgspec.json.decode(msgspec.json.encode(asked))
+
+
+def test_a_run_names_the_whole_command_that_asks_for_it_again() -> None:
+    sets = ("contexts=16384,512", "head_dim=192", "complete=false", "pattern=random,smooth")
+    words = [word for pair in sets for word in ("--set", pair)]
+    line = f"nsa-tune sweep h200-others-prefill {' '.join(words)} --budget 90s --effort full --registry mine:PATHS"
+    made = recorded("h200-others-prefill", *sets, budget="90s", effort="full", registry="mine:PATHS")
+    assert sweep_command_line(made) == line
+    assert sweep_command_line(recorded("quick", "batch=1")) == "nsa-tune sweep quick"
+
+
+def test_a_run_of_a_users_own_file_names_that_file(tmp_path: Path) -> None:
+    assert sweep_command_line(recorded(written(tmp_path))) == "nsa-tune sweep tiny.toml"
+
+
+@pytest.mark.parametrize("run", sorted((ROOT / "results" / "records").glob("*/*/*/environment.json")), ids=str)
+def test_the_command_of_every_committed_sweep_asks_for_what_was_measured(run: Path) -> None:
+    environment = RunFolder(run.parent).environment()
+    if environment.tool != "nsa-tune sweep":
+        return
+    words = sweep_command_line(environment.sweep).split()
+    sets = [value for option, value in itertools.pairwise(words) if option == "--set"]
+    assert msgspec.to_builtins(read_sweep(words[2], sets).axes) == msgspec.to_builtins(
+        msgspec.convert(environment.sweep["axes"], Axes)
+    )
 
 
 def test_the_sweeps_that_the_readme_promises_are_there() -> None:

@@ -16,6 +16,7 @@ TABLES = sorted((ROOT / "results" / "dispatch_tables").glob("*.json"))
 
 def cells(text: str) -> list[str]:
     """Cells that name a path."""
+    text, _, _ = text.partition("## Runs")
     return [cell.strip() for line in text.splitlines() for cell in line.split("|") if cell.strip().startswith("`")]
 
 

@@ -246,7 +246,7 @@ def test_times_by_graphs_of_another_number_of_calls_stand_in_a_table_of_their_ow
     by_graphs = {caption.split("graph, ")[1]: rows for caption, rows in shown.items() if "graph, " in caption}
     assert by_graphs == {
         "hot cache, high overlap, scored": {"1024"},
-        "hot cache, high overlap, scored, graphs of 8 calls": {"2048"},
+        "hot cache, high overlap, scored, graph of 8 calls": {"2048"},
     }
 
 
