@@ -25,9 +25,10 @@ from .mix import mix_branches
 from .opaque import opaque
 from .problem import compressed_count
 from .projection import Parts, projection_widths, split_projection
+from .ranges import blocks_to_ranges_v1
 from .rotary import rotation
 from .scoring import choose_blocks
-from .selection import LogSums, Selection, blocks_to_ranges_v1
+from .selection import LogSums, Selection
 from .trace import announce, executed
 from .window import window_attention
 from .workspace import Workspace

@@ -1,8 +1,7 @@
 """Leaf. Selection: which keys each row reads, given as blocks, as ranges, or as a window or compression in integers.
 
-A row is one (b, s, g). It sees the keys below its *limit*, min(context length, query position + 1). Everything here
-is vectorised and free of host synchronisation except ``blocks_to_ranges_v1``, the readable twin of ``_v2``. Nothing
-derived is kept: under CUDA-graph replay the indices change in place and a kept form would be stale.
+A row is one (b, s, g). It sees the keys below its *limit*, min(context length, query position + 1). Nothing derived is
+kept: under CUDA-graph replay the indices change in place and a kept form would be stale.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from .errors import ArgumentError, UnsupportedSelection
 from .problem import Operation, compressed_count
+from .ranges import blocks_of, blocks_to_ranges_v2, clamped, disjoint, mean_overlap
 
 
 class Structure(NamedTuple):
@@ -272,19 +272,12 @@ class Selection:
         """
         if self.block_size:
             return blocks_to_ranges_v2(self.indices, self.block_size, self.limits)
-        limit = self.limits[:, :, None, None, None]
-        clamped = torch.minimum(self.indices.to(torch.int64).clamp_min(0), limit)
-        return clamped * (clamped[..., 1:] > clamped[..., :1])
+        return clamped(self.indices, self.limits)
 
     @property
     def disjoint_ranges(self) -> Tensor:
         """``ranges`` sorted by start and cut so that no key is in two of them, (B, S, G, n, 2) int64."""
-        start, end = self.ranges.unbind(-1)
-        start, order = start.sort(-1)
-        end = end.gather(-1, order)
-        covered = end.cummax(-1).values
-        start = torch.cat((start[..., :1], torch.maximum(start[..., 1:], covered[..., :-1])), -1)
-        return torch.stack((start, torch.maximum(start, end)), -1)
+        return disjoint(self.ranges)
 
     @property
     def lengths(self) -> Tensor:
@@ -299,22 +292,7 @@ class Selection:
         calibration call, never in the hot path. Ranges count by their first key's 64-key block.
         Raises ArgumentError for fewer than 4 queries.
         """
-        blocks = (
-            self.indices
-            if self.block_size
-            else torch.where(self.indices[..., 1] > self.indices[..., 0], self.indices[..., 0] // 64, -1)
-        )
-        batch, queries, groups, slots = blocks.shape
-        if queries < 4:
-            raise ArgumentError(f"overlap needs at least 4 neighbouring queries, got {queries}")
-        whole = queries // 4 * 4
-        windows = blocks[:, :whole].reshape(batch, -1, 4, groups, slots).transpose(2, 3).flatten(3)
-        ordered = windows.sort(-1).values
-        fresh = torch.ones_like(ordered, dtype=torch.bool)
-        fresh[..., 1:] = ordered[..., 1:] != ordered[..., :-1]
-        union = (fresh & (ordered >= 0)).sum(-1)
-        chosen = (windows >= 0).sum(-1).clamp_min(1)
-        return float((union / chosen).mean())
+        return mean_overlap(self.indices if self.block_size else blocks_of(self.indices))
 
 
 _LEFT_OUT = tuple(
@@ -402,26 +380,6 @@ class StructuredSelection(Selection):
         fixed = {"block_size": 0, "topk": 1, "form": "ranges", "overlap": "high", "T": given.context}
         sizes = {"window": given.window, "kernel_size": given.kernel_size, "kernel_stride": given.kernel_stride}
         return {**fixed, **sizes, "operation": given.operation}
-
-
-def blocks_to_ranges_v1(blocks: Tensor, block_size: int, limits: Tensor) -> Tensor:
-    """The readable loop ("ranges v1"): blocks (B, S, G, n) and limits (B, S) to ranges (B, S, G, n, 2) int64."""
-    ranges = torch.zeros((*blocks.shape, 2), dtype=torch.int64)
-    for b, s, g, i in torch.cartesian_prod(*(torch.arange(size) for size in blocks.shape)).reshape(-1, 4).tolist():
-        block, limit = int(blocks[b, s, g, i]), int(limits[b, s])
-        start, end = block * block_size, min((block + 1) * block_size, limit)
-        if block >= 0 and start < end:
-            ranges[b, s, g, i] = torch.tensor((start, end))
-    return ranges.to(blocks.device)
-
-
-def blocks_to_ranges_v2(blocks: Tensor, block_size: int, limits: Tensor) -> Tensor:
-    """The vectorised twin ("ranges v2"), without host synchronisation; same arguments, same result."""
-    limit = limits[:, :, None, None]
-    start = blocks.to(torch.int64) * block_size
-    end = torch.minimum(start + block_size, limit)
-    valid = (blocks >= 0) & (start < end)
-    return torch.stack((start, end), -1) * valid[..., None]
 
 
 def _check_integers(name: str, tensor: Tensor) -> None:

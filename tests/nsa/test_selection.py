@@ -6,7 +6,8 @@ from hypothesis import given, settings
 
 from nsa.errors import ArgumentError, UnsupportedSelection
 from nsa.paths import reference
-from nsa.selection import Selection, blocks_to_ranges_v1, blocks_to_ranges_v2
+from nsa.ranges import blocks_to_ranges_v1, blocks_to_ranges_v2
+from nsa.selection import Selection
 from tests.nsa.cases import keys_of, selections
 
 
