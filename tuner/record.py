@@ -207,6 +207,28 @@ def run_folders(root: Path) -> Iterator[RunFolder]:
     return (RunFolder(file.parent) for file in found)
 
 
+def resume_or_start(records: Path, environment: Environment) -> tuple[RunFolder, str]:
+    """The unfinished run of the same sweep, commit and software on the same device below ``records``, or a new one.
+
+    Held for this process; with a word about what was dropped of the unfinished one. A budget says how long to go on,
+    not what is measured: a run goes on under another one.
+    """
+    root = records / str(environment.device["slug"]) / str(environment.sweep["name"])
+    wanted = _asked(msgspec.json.decode(msgspec.json.encode(environment), type=Environment))
+    for folder in reversed(list(run_folders(root))):
+        if not folder.complete and _asked(folder.environment()) == wanted and folder.hold():
+            return folder, folder.repair()
+    folder = RunFolder(root / environment.run_id)
+    folder.hold()
+    folder.start(environment)
+    return folder, ""
+
+
+def _asked(environment: Environment) -> tuple[dict[str, Any], str, dict[str, Value]]:
+    sweep = {name: value for name, value in environment.sweep.items() if name != "budget_s"}
+    return sweep, environment.commit, environment.software
+
+
 def problem_key(problem: dict[str, Value], pattern: str) -> tuple[Any, ...]:
     """A hashable form of what was measured."""
     return (*sorted(problem.items()), ("pattern", pattern))

@@ -7,8 +7,6 @@ nothing itself: ``tuner.verdict`` says when a shoot-out is settled and ``tuner.t
 
 from __future__ import annotations
 
-import math
-import statistics
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -25,18 +23,25 @@ from nsa.defaults import default_candidate
 from nsa.paths import Candidate, SelectionPath
 from nsa.problem import SelectionProblem
 from tuner import stats, verdict
+from tuner.finalists import finalists, screened, stand_in, stood_in
 from tuner.ledger import Ledger, Progress
 from tuner.measure import CALLS_PER_GRAPH
-from tuner.record import DEFAULT_REGISTRY, Environment, Record, RunFolder, Stage, Value, new_run_id, run_folders
-from tuner.rounds import aligned, by_round, rounds_of
+from tuner.record import (
+    DEFAULT_REGISTRY,
+    Environment,
+    Record,
+    RunFolder,
+    Stage,
+    Value,
+    new_run_id,
+    resume_or_start,
+)
+from tuner.rounds import aligned, by_round
 from tuner.session import Session, next_round
 from tuner.space import Effort, reserve_rungs, space_of
 from tuner.sweep import Family, SweepDefinition, SweepError, families
 from tuner.trial import Assessment, SequenceResult, Timing, Trial
 
-FINALISTS = 4
-NEAR = math.log(1.1)
-"""Screened within 10 % of the default or faster: worth a place in the shoot-out."""
 SCREEN_ROUNDS, SHOOTOUT_BATCH = 5, 10
 SCREEN_SHARE, SHOOTOUT_SHARE = 0.2, 0.5
 """Of a problem's share of the time left; checking takes the rest."""
@@ -86,7 +91,8 @@ class Search:
         try:
             identity, software, clocks = self.session.ask("identify")
             timer = read_self_test(self.session.ask("self_test", 30))
-            self.folder, word = self._folder(identity, software, clocks, timer)
+            environment = self.environment(identity, software, clocks, timer)
+            self.folder, word = resume_or_start(self.out / "records", environment)
             self.records, _ = self.folder.records()
             self.listener.started(self.folder.environment(), self.problems, len(self.records), word)
             try:
@@ -114,31 +120,14 @@ class Search:
         asked = {"effort": self.effort.name, "registry": self.registry, "calls_per_graph": CALLS_PER_GRAPH}
         return {**msgspec.to_builtins(self.sweep), **asked}
 
-    def _folder(self, identity: Any, software: Any, clocks: Any, timer: dict[str, Value]) -> tuple[RunFolder, str]:
-        """The unfinished run of the same sweep, commit, effort and software on this device, or a new one.
-
-        A budget says how long to go on, not what is measured: a run goes on under another one.
-        """
-        root = self.out / "records" / identity.slug / self.sweep.name
-        resolved = self.asked()
-        wanted = msgspec.json.decode(msgspec.json.encode((resolved, self.commit, software)))
-        for folder in reversed(list(run_folders(root))):
-            before = folder.environment()
-            asked = {**before.sweep, "budget_s": self.sweep.budget_s}
-            same = [asked, before.commit, before.software] == wanted
-            if same and not folder.complete and folder.hold():
-                return folder, folder.repair()
+    def environment(self, identity: Any, software: Any, clocks: Any, timer: dict[str, Value]) -> Environment:
+        """What a run that begins now says of itself."""
         now = datetime.now(UTC)
-        run_id = new_run_id(now, self.commit)
-        folder = RunFolder(root / run_id)
-        folder.hold()
-        environment = Environment(
-            run_id=run_id, commit=self.commit, date=now.isoformat(timespec="seconds"), tool="nsa-tune sweep",
-            device=msgspec.to_builtins(identity), software=msgspec.to_builtins(software), clocks=clocks,
-            timer=timer, sweep=resolved,
+        return Environment(
+            run_id=new_run_id(now, self.commit), commit=self.commit, date=now.isoformat(timespec="seconds"),
+            tool="nsa-tune sweep", device=msgspec.to_builtins(identity), software=msgspec.to_builtins(software),
+            clocks=clocks, timer=timer, sweep=self.asked(),
         )  # fmt: skip
-        folder.start(environment)
-        return folder, ""
 
     def run_family(self, family: Family) -> None:
         """Screen the family's candidates over its contexts; shoot out each problem in the last generation."""
@@ -160,7 +149,8 @@ class Search:
             for index, problem in enumerate(family.problems):
                 alive = [proposal.candidate for proposal in progress.alive]
                 self.screen(family, problem, alive, thorough=index == 0)
-                progress.report(problem.T, self.screened(family, problem), self.of(family, problem, "screen"))
+                found = self.of(family, problem, "screen")
+                progress.report(problem.T, screened(found, self.baseline(family, problem)), found)
                 if last:
                     self.shoot_out(family, problem)
                     self.done += 1
@@ -196,39 +186,17 @@ class Search:
     def shoot_out(self, family: Family, problem: SelectionProblem) -> None:
         """Fresh pairs of the finalists and the baseline, until settled, out of time or out of pairs."""
         met = {record.candidate: record for record in self.of(family, problem, "shootout")}
-        chosen = self.finalists(family, problem)
+        base = self.baseline(family, problem)
+        chosen = finalists(self.of(family, problem, "screen"), base)
         if any(record.baseline for record in met.values()) and all(one.name in met for one in chosen):
             return  # else a run that went on has screened more candidates, or was cut
         self._hold(family, problem)
-        base = self.baseline(family, problem)
-        finalists = [base, *(c for c in chosen if c != base)]
-        self.session.release(finalists)
-        ready = [c for c in finalists if self.session.assess(c, thorough=False).outcome == "ok"]
+        wanted = [base, *(c for c in chosen if c != base)]
+        self.session.release(wanted)
+        ready = [c for c in wanted if self.session.assess(c, thorough=False).outcome == "ok"]
         self._working(family, problem, f"shoot-out of {len(ready)}")
         if ready:
             self._time(family, problem, "shootout", ready, self.effort.pairs, base)
-
-    def finalists(self, family: Family, problem: SelectionProblem) -> list[Candidate]:
-        """The fastest by screening that are near the default, and the best of each of the two fastest paths."""
-        ratios = self.screened(family, problem)
-        records = {record.candidate: record for record in self.of(family, problem, "screen")}
-        ranked = sorted(ratios, key=ratios.__getitem__)
-        near = [name for name in ranked if ratios[name] < NEAR][:FINALISTS]
-        by_path: dict[str, str] = {}
-        for name in ranked:
-            by_path.setdefault(records[name].path, name)
-        chosen = dict.fromkeys((*near, *list(by_path.values())[:2]))
-        return [Candidate(path=records[name].path, parameters=records[name].parameters) for name in chosen]
-
-    def screened(self, family: Family, problem: SelectionProblem) -> dict[str, float]:
-        """Candidate name -> median log-ratio to the baseline in shared screening rounds."""
-        taken = rounds_of(self.of(family, problem, "screen"))
-        base = taken.get(self.baseline(family, problem).name, {})
-        return {
-            name: statistics.median(math.log(us / base[number]) for number, us in found.items() if number in base)
-            for name, found in taken.items()
-            if base.keys() & found.keys()
-        }
 
     def reserves(self, family: Family, problem: SelectionProblem) -> None:
         """Latency, peak and growths of each reserve rung along growing, alternating and shrinking contexts."""
@@ -253,19 +221,7 @@ class Search:
 
     def baseline(self, family: Family, problem: SelectionProblem) -> Candidate:
         """What others are compared with: the default, or where that failed what stood in for it when screened."""
-        default, screened = self.default(problem), self.of(family, problem, "screen")
-        if any(record.candidate == default.name and record.outcome != "ok" for record in screened):
-            for record in screened:
-                if record.baseline and record.outcome == "ok":
-                    return Candidate(path=record.path, parameters=record.parameters)
-        return default
-
-    def standing_in(self, base: Candidate, right: list[Candidate]) -> Candidate:
-        """The baseline where it is among the right candidates, else the first of them; one that all calls can take."""
-        if base in right or not right:
-            return base
-        paths = self.paths
-        return next((c for c in right if c.path not in paths or not paths[c.path].needs_complete), right[0])
+        return stood_in(self.of(family, problem, "screen"), self.default(problem))
 
     def default(self, problem: SelectionProblem) -> Candidate:
         """The literal default."""
@@ -286,10 +242,10 @@ class Search:
         self, family: Family, problem: SelectionProblem, stage: Stage, ready: list[Candidate], count: int,
         base: Candidate,
     ) -> None:  # fmt: skip
-        base = self.standing_in(base, ready)
+        base = stand_in(base, ready, self.paths)
 
         def settled(taken: dict[str, dict[int, float]]) -> bool:
-            against = self.standing_in(base, [candidate for candidate in ready if candidate.name in taken])
+            against = stand_in(base, [candidate for candidate in ready if candidate.name in taken], self.paths)
             return stage == "shootout" and verdict.settled(against.name, aligned(taken), alpha=verdict.PICK_ALPHA)
 
         timed = self.session.time(
@@ -301,7 +257,7 @@ class Search:
         for candidate in ready:
             if candidate.name in timed.failed:
                 self._fail(family, problem, stage, candidate, timed.failed[candidate.name])
-        base = self.standing_in(base, [candidate for candidate in ready if candidate.name in timed.timings])
+        base = stand_in(base, [candidate for candidate in ready if candidate.name in timed.timings], self.paths)
         self._append(
             [
                 self._record(family, problem, stage, candidate, base, timings=timed.timings[candidate.name])

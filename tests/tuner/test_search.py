@@ -16,7 +16,7 @@ from nsa.device import device_identity, software_identity
 from nsa.paths import PATHS, Parameter
 from tests.tuner import misbehaving
 from tuner.measure import CALLS_PER_GRAPH
-from tuner.record import Environment, Record, RunFolder, by_problem
+from tuner.record import Environment, Record, RunFolder, by_problem, resume_or_start
 from tuner.report import compared_with
 from tuner.search import Listener, Search, fewest_pairs
 from tuner.space import EFFORTS, narrowed, reserve_rungs, space_of
@@ -209,18 +209,23 @@ def test_the_ledger_survives_the_kill_without_trials_left_running(resumed: Swept
     assert not states & {"RUNNING", "WAITING"}
 
 
+def opened(sweep: Search) -> tuple[RunFolder, str]:
+    """The folder that a search would write to, and the word about it."""
+    environment = sweep.environment(device_identity("cpu"), software_identity(), {}, {})
+    return resume_or_start(sweep.out / "records", environment)
+
+
 @pytest.mark.parametrize(
     "change", [{"commit": "def"}, {"effort": EFFORTS["full"]}, {"registry": misbehaving.REGISTRY}, {}], ids=str
 )
 def test_another_sweep_or_a_finished_one_starts_a_run_of_its_own(
     resumed: Swept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
 ) -> None:
-    out = resumed.folder.path.parents[3]
     if change:
         monkeypatch.setattr(RunFolder, "complete", False)
-    next_one = search(written(tmp_path, LISTED), out, **change)
+    next_one = search(written(tmp_path, LISTED), resumed.folder.path.parents[3], **change)
     monkeypatch.setattr(RunFolder, "start", lambda *_: None)
-    folder, word = next_one._folder(device_identity("cpu"), software_identity(), {}, {})
+    folder, word = opened(next_one)
     assert folder.path != resumed.folder.path
     assert word == ""
 
@@ -229,13 +234,13 @@ def test_a_run_timed_by_graphs_of_another_number_of_calls_is_not_gone_on_with(
     resumed: Swept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = resumed.folder.environment()
-    assert before.calls_per_graph == before.sweep["calls_per_graph"] == CALLS_PER_GRAPH
+    assert before.sweep["calls_per_graph"] == CALLS_PER_GRAPH
     monkeypatch.setattr(RunFolder, "complete", False)
     old = {name: value for name, value in before.sweep.items() if name != "calls_per_graph"}
     monkeypatch.setattr(RunFolder, "environment", lambda _: msgspec.structs.replace(before, sweep=old))
     monkeypatch.setattr(RunFolder, "start", lambda *_: None)
     next_one = search(written(tmp_path, LISTED), resumed.folder.path.parents[3])
-    folder, _ = next_one._folder(device_identity("cpu"), software_identity(), {}, {})
+    folder, _ = opened(next_one)
     assert folder.path != resumed.folder.path
 
 
@@ -244,7 +249,7 @@ def test_the_same_sweep_unfinished_is_gone_on_with(
 ) -> None:
     monkeypatch.setattr(RunFolder, "complete", False)
     same = search(written(tmp_path, LISTED), resumed.folder.path.parents[3])
-    assert same._folder(device_identity("cpu"), software_identity(), {}, {})[0].path == resumed.folder.path
+    assert opened(same)[0].path == resumed.folder.path
 
 
 # End to end
