@@ -259,8 +259,8 @@ def line(record: dict[str, Any]) -> str:
     return f"  {record['name']:24s} {times}  floor {record['floor_us']:.1f}  {values}"
 
 
-def main() -> None:
-    """Command line."""
+def main() -> int:
+    """Command line; 1 where the time did not suffice."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--commit", default="unknown")
@@ -307,10 +307,11 @@ def main() -> None:
         ]
         with multiprocessing.get_context("spawn").Pool(options.compile_processes) as pool:
             pool.map_async(compile_ahead, ahead, chunksize=1).get(COMPILE_S)
-    clock = Clock(device)
+    clock, code = Clock(device), 0
     for name, kind, candidates in todo:
         if time.perf_counter() > stop:
             print(f"not run: {name} {kind}", file=sys.stderr)
+            code = 1
             continue
         begun = time.perf_counter()
         records = bench(name, kind, candidates, clock, device, options.commit, options.budget)
@@ -323,7 +324,8 @@ def main() -> None:
         mine = [record for record in known if (record["shape"], record["kind"]) == (name, kind)]
         mine.sort(key=lambda record: record.get("warm_us", record.get("event_us", float("inf"))))
         print(*map(line, mine), sep="\n")
+    return code
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -125,8 +125,9 @@ def decode_rows(lines: Iterable[Line]) -> list[str]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", type=Path)
-    lines = [json.loads(text) for text in parser.parse_args().file.read_text().splitlines()]
+    parser.add_argument("files", type=Path, nargs="+")
+    files = parser.parse_args().files
+    lines = [json.loads(text) for file in files for text in file.read_text().splitlines()]
     print("| | ours, ms | path | public, ms | faster | target | floors | beside it, ms | |\n" + "|---" * 9 + "|")
     print(*prefill_rows(lines), sep="\n")
     print("\n| us | ours | target | |\n|---|---|---|---|", *decode_rows(lines), sep="\n")
