@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -67,7 +68,8 @@ def main() -> int:
     parser.add_argument("--tool", choices=("memcheck", "racecheck", "synccheck", "initcheck"), default="memcheck")
     parser.add_argument("--files", default=",".join(FILES), help="names below tests/nsa, comma-separated, in order")
     parser.add_argument("--time-limit", type=float, default=540.0, help="seconds for everything")
-    parser.add_argument("--sanitizer", default="compute-sanitizer", help="the program, where it is not on the PATH")
+    found = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    parser.add_argument("--sanitizer", default=found, required=found is None, help="the program, where it is not found")
     parser.add_argument("--processes", type=int, default=1, help="files at a time")
     options = parser.parse_args()
     run = partial(sanitized, options, time.monotonic() + options.time_limit)
