@@ -9,7 +9,6 @@ from typing import Any
 
 import msgspec
 import torch
-from rich.console import Console
 
 from nsa.device import device_identity, software_identity
 from nsa.dispatch_table import load_dispatch_table, read_dispatch_table, user_table_path
@@ -18,7 +17,7 @@ from nsa.paths import SelectionPath
 from nsa.planning import DEPLOYED_CACHE
 from nsa.problem import DType, Mode, Operation, SelectionProblem
 from tuner import report
-from tuner.console import choose_device, emit, read_registry, results_console
+from tuner.console import choose_device, emit, plain_console, read_registry, results_console
 from tuner.record import DEFAULT_REGISTRY, RunFolder, run_folders, write_whole
 from tuner.regret import mean_regrets, regrets
 from tuner.sweep import SweepError
@@ -122,7 +121,7 @@ def doctor(*, json: bool) -> None:
     if json:
         emit(found)
         return
-    out = Console(highlight=False, soft_wrap=True)
+    out = plain_console()
     out.print(f"device   {identity.name} ({identity.slug}), {identity.units} {'threads' if kind == 'cpu' else 'SMs'}")
     versions = {k: v for k, v in msgspec.to_builtins(software).items() if v}
     out.print("software " + ", ".join(f"{name} {value}" for name, value in versions.items()))

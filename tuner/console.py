@@ -14,10 +14,15 @@ from nsa.paths import SelectionPath
 from tuner.sweep import SweepError
 
 
+def plain_console(*, stderr: bool = False, soft_wrap: bool = True, width: int | None = None) -> Console:
+    """A console that prints what it is given: brackets in a reason or a path are no markup."""
+    return Console(markup=False, highlight=False, soft_wrap=soft_wrap, stderr=stderr, width=width)
+
+
 def results_console() -> Console:
     """Stdout; not narrower than the tables where it is a file or a pipe."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=130)
+    console = plain_console(soft_wrap=False)
+    return console if console.is_terminal else plain_console(soft_wrap=False, width=130)
 
 
 def read_registry(registry: str) -> dict[str, SelectionPath]:

@@ -12,15 +12,15 @@ from typing import Any
 
 import msgspec
 import torch
-from rich.console import Console
 from rich.status import Status
+from rich.text import Text
 
 from tuner import compare_report
 from tuner import selftest as selftests
 from tuner.bisect import Bisecting, BisectResult
 from tuner.compare import Comparing, Listener
 from tuner.compare_record import AUTO, Question, Scenario, scenarios_of
-from tuner.console import choose_device, seconds
+from tuner.console import choose_device, plain_console, seconds
 from tuner.history import HistoryResult, read_history
 from tuner.history import history as walk
 from tuner.marks import points_of
@@ -64,7 +64,7 @@ class Progress(Listener):
     """A line on stderr that says what is going on."""
 
     def __init__(self) -> None:
-        self.status: Status = Console(stderr=True).status("starting")
+        self.status: Status = plain_console(stderr=True).status("starting")
 
     def __enter__(self) -> Progress:
         self.status.start()
@@ -75,7 +75,7 @@ class Progress(Listener):
 
     def working(self, what: str, seconds_left: float) -> None:
         """Shown."""
-        self.status.update(f"{what}, {seconds_left:.0f} s left" if seconds_left > 0 else what)
+        self.status.update(Text(f"{what}, {seconds_left:.0f} s left" if seconds_left > 0 else what))
 
 
 def compare(base: str, head: str | None, options: GateOptions, *, markdown: Path | None = None) -> int:

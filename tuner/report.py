@@ -77,7 +77,7 @@ class LiveProgress(Listener):
             self.board[record.candidate] = record
         if record.outcome in FAILED:
             self.console.print(
-                f"[bold]{record.outcome}[/] {record.candidate} at {title}: {record.reason}", highlight=False
+                Text.assemble((record.outcome, "bold"), f" {record.candidate} at {title}: {record.reason}")
             )
         if not self.interactive and record.stage == "shootout":
             place = f"{record.problem['mode']} T={record.problem['T']}"
@@ -188,9 +188,11 @@ def _evidence_lines(title: str, entries: Sequence[DispatchEntry], kind: str) -> 
 
 def _evidence_table(title: str, entries: Sequence[DispatchEntry], kind: str) -> Table:
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    words = [word for entry in entries for word in candidate_name(entry.path, entry.parameters).split()]
     for column in ("mode", "context", "the runtime takes", "median us", "time ratio", "interval", "E", "pairs"):
-        left = column in ("mode", "the runtime takes", "time ratio")
-        table.add_column(column, justify="left" if left else "right", no_wrap=column != "the runtime takes")
+        wraps = column in ("mode", "the runtime takes", "time ratio")
+        width = max(map(len, words)) if column == "the runtime takes" else None  # a cut word would hide a parameter
+        table.add_column(column, justify="left" if wraps else "right", no_wrap=not wraps, min_width=width)
     for entry in entries:
         table.add_row(
             entry.mode + (f" B{entry.B}" if entry.B > 1 else "") + level_word(entry), str(entry.T),

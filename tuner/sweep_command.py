@@ -15,7 +15,7 @@ from nsa.dispatch_table import DispatchTable, read_dispatch_table, user_table_pa
 from nsa.errors import DispatchTableError
 from nsa.paths import SelectionPath
 from tuner import report
-from tuner.console import choose_device, emit, read_registry, results_console, seconds
+from tuner.console import choose_device, emit, plain_console, read_registry, results_console, seconds
 from tuner.layer_search import LayerSearch
 from tuner.ledger import size_of
 from tuner.record import DEFAULT_REGISTRY, RunFolder
@@ -45,7 +45,7 @@ class SweepOptions(msgspec.Struct, frozen=True, kw_only=True):
 def sweep(options: SweepOptions) -> None:
     """Run a sweep, write the table, draw the figures, and say what the runtime will now do."""
     definition, device, paths = resolve(options)
-    errors, out = Console(stderr=True, soft_wrap=True), results_console()
+    errors, out = plain_console(stderr=True), results_console()
     with report.LiveProgress(errors) as listener:
         kind_of_search = LayerSearch if definition.level == "layer" else Search
         search = kind_of_search(
@@ -145,7 +145,7 @@ def plan(options: SweepOptions) -> None:
     if options.json:
         emit({"sweep": definition.name, "device": device, "budget_s": definition.budget_s, "families": rows})
         return
-    out = Console(soft_wrap=True)
+    out = plain_console()
     out.print(
         f"{definition.name}: {definition.description}; {definition.budget_s:.0f} s on {device}, {effort.pairs} pairs"
     )

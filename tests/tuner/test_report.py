@@ -1,0 +1,55 @@
+"""Claims about what is printed: a reason and a path are shown as they are, and no parameter of a pick is cut off."""
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from nsa.dispatch_table import read_dispatch_table
+from tests.tuner.test_plot import record
+from tuner import report
+from tuner.console import plain_console, results_console
+from tuner.gate_commands import Progress
+
+ROOT = Path(__file__).parents[2]
+TABLES = sorted((ROOT / "results" / "dispatch_tables").glob("*.json"))
+WORDS = "[/tmp/x] is not one of [varlen], shape [B, S], [bold]"
+
+
+def printed(console: Console, *things: object) -> str:
+    """What a console makes of things, on one line where it wrapped."""
+    console.file = io.StringIO()
+    for thing in things:
+        console.print(thing)
+    return " ".join(console.file.getvalue().split())
+
+
+def test_brackets_in_a_reason_are_printed_and_end_nothing() -> None:
+    failed = record("varlen", outcome="crash", reason=WORDS)
+    console = plain_console()
+    console.file = io.StringIO()
+    report.LiveProgress(console).recorded(failed)
+    assert WORDS in console.file.getvalue()
+    assert WORDS in printed(results_console(), report.outcome_table([failed]))
+    assert WORDS in printed(plain_console(stderr=True), f"moved {WORDS}")
+
+
+def test_brackets_in_what_the_gate_is_doing_are_printed() -> None:
+    progress = Progress()
+    progress.working(WORDS, 0.0)
+    assert WORDS in printed(plain_console(soft_wrap=False, width=130), progress.status.renderable)
+
+
+@pytest.mark.parametrize("file", TABLES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("width", [report.TABLE_WIDTH, 130])
+def test_every_parameter_of_every_pick_is_printed(file: Path, width: int) -> None:
+    table = read_dispatch_table(file)
+    text = printed(
+        plain_console(soft_wrap=False, width=width), report.evidence_tables(table.entries, table.device.kind, width)
+    )
+    assert "…" not in text
+    for entry in table.entries:
+        for name, value in entry.parameters.items():
+            assert re.search(rf"\b{name}={value}\b", text)
