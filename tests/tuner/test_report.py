@@ -12,6 +12,8 @@ from tests.tuner.test_plot import record
 from tuner import report
 from tuner.console import plain_console, results_console
 from tuner.gate_commands import Progress
+from tuner.record import RunFolder
+from tuner.table import entries_of
 
 ROOT = Path(__file__).parents[2]
 TABLES = sorted((ROOT / "results" / "dispatch_tables").glob("*.json"))
@@ -40,6 +42,18 @@ def test_brackets_in_what_the_gate_is_doing_are_printed() -> None:
     progress = Progress()
     progress.working(WORDS, 0.0)
     assert WORDS in printed(plain_console(soft_wrap=False, width=130), progress.status.renderable)
+
+
+def test_the_table_that_the_readme_shows_is_what_show_prints_of_that_run() -> None:
+    text = (ROOT / "README.md").read_text()
+    sweep, commit = re.findall(r"`nsa-tune sweep (\S+)`, commit (\w+), ", text)[0]
+    (folder,) = (ROOT / "results" / "records").glob(f"*/{sweep}/*-{commit}*")
+    console = plain_console(soft_wrap=False, width=130)
+    console.file = io.StringIO()
+    console.print(report.evidence_tables(entries_of(RunFolder(folder).records()[0]), "cuda", 130))
+    lines = "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+    (block,) = re.findall(r"```\n(64/4 heads .*?)```", text, re.DOTALL)
+    assert block in lines
 
 
 @pytest.mark.parametrize("file", TABLES, ids=lambda file: file.stem)
