@@ -1,5 +1,6 @@
 """Claims about the documents: what they tell a reader to run exists and works, and nothing names one machine."""
 
+import itertools
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import nsa
+from nsa.problem import SelectionProblem
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
@@ -76,3 +78,41 @@ def test_dispatch_benchmark_prints_its_line():
         cwd=ROOT, env={"PYTHONPATH": str(ROOT), "PATH": ""},
     ).stdout  # fmt: skip
     assert re.search(r"^median lookup \d+\.\d+ us$", out, re.MULTILINE)
+
+
+RANGES = {"form": "ranges", "block_size": 0, "topk": 1}
+PROBLEMS = {
+    "selection": {"block_size": 64, "topk": 16},
+    "window": {"operation": "window", "window": 512, **RANGES},
+    "compression": {"operation": "compression", "kernel_size": 32, "kernel_stride": 16, **RANGES},
+}
+"""Fields of a problem of each operation."""
+
+
+def test_the_page_of_paths_has_every_path_and_every_parameter_under_it():
+    text = (ROOT / "docs" / "paths.md").read_text()
+    sections = dict(re.findall(r"^### (.+)\n((?:(?!#).*\n)*)", text, re.MULTILINE))
+    assert set(nsa.PATHS) <= set(sections)
+    shared = sections["What the Triton paths of selection share"]
+    for name, path in nsa.PATHS.items():
+        said = sections[name] + (shared if "see below" in sections[name] else "")
+        said += sections["triton_compressed"] if "as `triton_compressed`" in said else ""
+        for parameter in parameters_of(path):
+            assert f"`{parameter}`" in said, (name, parameter)
+        for parameter in re.findall(r"^- `(\w+)`", sections[name], re.MULTILINE):
+            assert parameter in parameters_of(path), (name, parameter)
+
+
+def parameters_of(path):
+    """Names of a path's parameters, in any mode and on any device."""
+    return {
+        parameter.name
+        for operation, mode, kind in itertools.product(path.operations, path.modes, ("cpu", "cuda"))
+        for parameter in path.tunables(
+            SelectionProblem(
+                mode=mode, dtype="bfloat16", B=1, S=1 if mode == "decode" else 4096, T=4096, G=4, h=16, Dk=128, Dv=128,
+                **PROBLEMS[operation],
+            ),
+            torch.device(kind),
+        )
+    }  # fmt: skip
