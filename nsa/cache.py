@@ -159,9 +159,14 @@ class NSACache:
         self.compressed_length = self._count(self.length)
 
     def truncate(self, length: int, compressed_length: int) -> None:
-        """Forget all tokens but the first ``length``, and all compressed ones but the first ``compressed_length``."""
-        self._set_length(min(self.length, length))
-        self.compressed_length = min(self.compressed_length, compressed_length)
+        """Forget all tokens but the first ``length`` of each entry, and all compressed ones but those of what is left
+        and the first ``compressed_length``."""
+        compressed = min(self.compressed_length, compressed_length, self._count(length))
+        if self._behind:
+            self.trim([min(self.length - missing, length) for missing in self._behind])
+        else:
+            self._set_length(min(self.length, length))
+        self.compressed_length = min(self.compressed_length, compressed)
 
     def trim(self, lengths: Sequence[int]) -> None:
         """Keep the first ``lengths[b]`` tokens of each entry: a prefill of padded prompts, cut to the prompts.

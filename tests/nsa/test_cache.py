@@ -85,6 +85,23 @@ def test_truncating_forgets_the_last_tokens_only():
     assert torch.equal(cache.value("compression")[:, :, 3:], second[1]["compression"])
 
 
+def test_truncating_keeps_entries_that_are_shorter_as_long_as_they_are():
+    cache = cache_of()
+    cache.append(*rows(8, 0))
+    cache.trim([7, 4])
+    for length, held in ((7, [7, 4]), (6, [6, 4]), (4, [4, 4])):
+        cache.truncate(length, 9)
+        assert (cache.length, cache.lengths.tolist(), cache.ragged) == (length, held, held[0] != held[1])
+
+
+def test_truncating_keeps_no_compressed_token_of_what_it_forgets():
+    cache = cache_of()
+    cache.append(*rows(8, 0))
+    cache.append_compressed(torch.ones(2, 3, 3, 4), torch.ones(2, 3, 3, 5))
+    cache.truncate(7, 3)
+    assert (cache.length, cache.compressed_length) == (7, 2)
+
+
 @pytest.mark.parametrize("page_size", [0, 8])
 def test_unwritten_room_is_never_in_a_view(page_size):
     cache = cache_of(capacity=64, page_size=page_size)

@@ -214,8 +214,15 @@ def test_entries_of_different_lengths_equal_each_alone():
         expected = fused(layer, x[entry : entry + 1, start : start + 3], alone)
         assert float((y[entry : entry + 1] - expected).abs().max()) <= agreement_bound(layer, x)
     assert cache.lengths.tolist() == [33, 22]
+
+
+def test_a_step_that_the_branches_refuse_leaves_entries_of_different_lengths_as_they_were():
+    layer = layer_of("mean")
+    _, cache = layer.prefill(tokens(2, 30, 12))
+    cache.trim([30, 19])
     with pytest.raises(ArgumentError, match="different lengths"):
-        layer.decode(x[:, :1], cache, route="branches")
+        layer.decode(tokens(2, 1, 12), cache, route="branches")
+    assert (cache.ragged, cache.length, cache.lengths.tolist()) == (True, 30, [30, 19])
 
 
 @pytest.mark.parametrize("branch", BRANCHES)
