@@ -67,6 +67,10 @@ class NSACache:
         else:
             self._capacity = capacity
 
+    def __getstate__(self) -> dict[str, object]:
+        """What a copy takes over: all but the plan, whose launches hold addresses of this very cache's storage."""
+        return self.__dict__ | {"plan": None}
+
     @property
     def capacity(self) -> int:
         """Raw tokens that fit before the next growth."""

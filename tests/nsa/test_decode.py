@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import msgspec
 import pytest
 import torch
@@ -214,6 +217,18 @@ def test_entries_of_different_lengths_equal_each_alone():
         expected = fused(layer, x[entry : entry + 1, start : start + 3], alone)
         assert float((y[entry : entry + 1] - expected).abs().max()) <= agreement_bound(layer, x)
     assert cache.lengths.tolist() == [33, 22]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_a_copy_of_a_cache_takes_steps_of_its_own(copied):
+    layer, x = layer_of("mean"), tokens(1, 14, 12)
+    _, cache = layer.prefill(x[:, :12], capacity=16)
+    fused(layer, x[:, 12:13], cache)
+    other = copied(cache)
+    assert other.plan is None
+    expected = fused(layer, x[:, 13:], cache)
+    assert torch.equal(fused(layer, x[:, 13:], other), expected)
+    assert (other.length, cache.length) == (14, 14)
 
 
 def test_a_step_that_the_branches_refuse_leaves_entries_of_different_lengths_as_they_were():
