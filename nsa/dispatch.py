@@ -110,8 +110,8 @@ def selection_attention(
     capturing = kind == "cuda" and torch.cuda.is_current_stream_capturing()
     grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     scale = shape[-1] ** -0.5 if scale is None else scale
-    if scale < 0:  # fused kernels take the largest raw score for the largest scaled one
-        query, scale = -query, -scale
+    if scale <= 0:  # fused kernels take the largest raw score for the largest scaled one, and mask by -inf * scale
+        query, scale = (-query, -scale) if scale else (query * 0, 1.0)
     length = selection.context_length
     fixed = -1 if isinstance(length, Tensor) else length
     if isinstance(length, Tensor) and length.device.type == "cpu" and bool((length > key.shape[-2]).any()):

@@ -206,12 +206,7 @@ def attention(
     launch: Forward,
     parameters: dict[str, ParameterValue],
 ) -> Tensor:
-    """``launch(query, key, value, selection, scale, logsum or None)``, differentiable where gradients are wanted.
-
-    Kernels take the largest raw score for the largest scaled one, so a negative scale moves into the query.
-    """
-    if scale < 0:
-        query, scale = -query, -scale
+    """``launch(query, key, value, selection, scale, logsum or None)``, differentiable where gradients are wanted."""
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         out: Tensor = SelectionFunction.apply(query, key, value, selection, scale, launch, parameters)  # type: ignore[no-untyped-call]
         return out

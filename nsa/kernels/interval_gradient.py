@@ -300,12 +300,7 @@ def attention(
     forward_parameters: dict[str, ParameterValue],
     backward_parameters: dict[str, ParameterValue],
 ) -> tuple[Tensor, Tensor]:
-    """(output, log-sum-exp (B, S, G, h) float32, base 2), the output differentiable where gradients are wanted.
-
-    Kernels take the largest raw score for the largest scaled one, so a negative scale moves into the query.
-    """
-    if scale < 0:
-        query, scale = -query, -scale
+    """(output, log-sum-exp (B, S, G, h) float32, base 2), the output differentiable where gradients are wanted."""
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         found: tuple[Tensor, Tensor] = IntervalFunction.apply(
             query, key, value, interval, scale, forward_parameters, backward_parameters

@@ -28,14 +28,14 @@ def bind(
 ) -> Callable[[Tensor, Tensor, Tensor, Selection], Tensor] | None:
     """A path's run that gave ``out`` and ``notes``, for calls alike.
 
-    None where the notes do not say it all: inputs that share memory, tensor maps, a query that is turned first.
+    None where the notes do not say it all: inputs that share memory, tensor maps.
     """
     inputs = tensors_of(query, key, value, selection)
     places = {tensor.data_ptr(): i for i, tensor in enumerate((*inputs, out))}
     arguments = [argument for _, _, given in notes.launches for argument in given]
     tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
     plain = all(argument is None or isinstance(argument, (Tensor, int, float)) for argument in arguments)
-    whole = scale >= 0 and out.is_contiguous() and all(tensor.numel() for tensor in tensors)
+    whole = out.is_contiguous() and all(tensor.numel() for tensor in tensors)
     written = out.data_ptr() in {tensor.data_ptr() for tensor in tensors}
     if not plain or not whole or not written or len(places) <= len(inputs) or notes.reported is None:
         return None

@@ -88,7 +88,7 @@ class PathRun(Protocol):
         **parameters: ParameterValue,
     ) -> Tensor:
         """Query (B, S, G, h, Dk), key (B, G, T, Dk), value (B, G, T, Dv) -> output (B, S, G, h, Dv); N keys for T where
-        the operation is compression."""
+        the operation is compression. ``scale`` is above 0: dispatch moves any other into the query."""
 
 
 class Bound(Protocol):

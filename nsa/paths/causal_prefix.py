@@ -199,8 +199,6 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, pr
     """Every row against all keys up to its own: (B, P, G, h, Dk), (B, G, P, Dk), (B, G, P, Dv) -> (B, P, G, h, Dv)."""
     batch, rows, groups, heads, width = query.shape
     out: Tensor
-    if scale < 0:  # fused kernels take the largest raw score for the largest scaled one
-        query, scale = -query, -scale
     if prefix == "flash_attn":  # takes equal head dims
         wide = max(width, value.shape[3])
         out = flash_attn_attention(widened(query, wide), widened(key, wide), widened(value, wide), scale)

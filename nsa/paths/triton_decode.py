@@ -121,10 +121,8 @@ def bind(
     parameters: dict[str, ParameterValue],
     out: Tensor,
     notes: Notes,
-) -> Bound | None:
-    """``run`` for calls alike; None for a negative scale, where it turns the query first."""
-    if scale < 0:
-        return None
+) -> Bound:
+    """``run`` for calls alike."""
     chosen = {name: parameters.get(name, default) for name, default in USUAL.items()}
     filled = chosen | parameters
     call = _kernels()[0].call_for(query, key, value, selection, False, chosen)

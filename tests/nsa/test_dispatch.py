@@ -189,7 +189,8 @@ def test_one_query_takes_what_was_measured_of_the_other_overlap_before_what_lies
 
 
 @pytest.mark.parametrize("path", ["auto", "dense", "gather", "packed", "varlen", "causal_prefix"])
-def test_no_path_is_handed_a_negative_scale(path, monkeypatch):
+@pytest.mark.parametrize(("scale", "handed"), [(-0.3, 0.3), (0.0, 1.0)])
+def test_no_path_is_handed_a_scale_that_is_not_above_0(path, scale, handed, monkeypatch):
     query, key, value, selection = arguments(queries=32)
     selection = Selection.from_blocks(
         torch.arange(4, dtype=torch.int32).expand(1, 32, 2, 4), block_size=8, context_length=32, complete=True
@@ -206,11 +207,10 @@ def test_no_path_is_handed_a_negative_scale(path, monkeypatch):
     for name, known in PATHS.items():
         monkeypatch.setitem(globals(), f"spied_{name}", spied_on(known.function()))
         monkeypatch.setitem(PATHS, name, msgspec.structs.replace(known, target=f"{__name__}:spied_{name}"))
-    truth = reference.run(query, key, value, selection, scale=-0.3)
-    out = nsa.selection_attention(query, key, value, selection, scale=-0.3, path=path)
+    truth = reference.run(query, key, value, selection, scale=scale)
+    out = nsa.selection_attention(query, key, value, selection, scale=scale, path=path)
     assert (out - truth).abs().max() < 1e-5
-    assert scales
-    assert min(scales) == 0.3
+    assert set(scales) == {handed}
 
 
 @pytest.mark.parametrize("mode", ["prefill", "train"])

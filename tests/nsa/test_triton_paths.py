@@ -15,7 +15,8 @@ from tests.interpreter import prepare
 
 INTERPRETED = prepare()
 
-from nsa.errors import ArgumentError, UnsupportedPathError  # noqa: E402  kernels load Triton, which asks for its mode once
+import nsa  # noqa: E402  kernels load Triton, which asks for its mode once
+from nsa.errors import ArgumentError, UnsupportedPathError  # noqa: E402
 from nsa.kernels import decode, gradient, invert, support  # noqa: E402
 from nsa.kernels.launch import call_key  # noqa: E402
 from nsa.paths import PATHS  # noqa: E402
@@ -92,11 +93,10 @@ def assert_matches(case: Case, path: str, parameters: dict[str, Any], **more: An
     with record_paths() as seen:
         found = case.run(path, parameters, **more)
     assert [record.path for record in seen.executed] == [path]
-    scale = {"scale": more["scale"]} if "scale" in more else {}
     dtype = case.value.dtype
-    eager = case.run("reference", {"compute_dtype": str(dtype).removeprefix("torch.")}, **scale)
+    eager = case.run("reference", {"compute_dtype": str(dtype).removeprefix("torch.")})
     assert found.dtype == dtype
-    assert_close(found, case.run("reference", {}, **scale), eager, dtype, float(case.value.abs().max()))
+    assert_close(found, case.run("reference", {}), eager, dtype, float(case.value.abs().max()))
     return found
 
 
@@ -167,8 +167,14 @@ def test_half_precision_stays_within_the_derived_bound(
 
 
 @every_path
-def test_a_negative_scale_is_no_special_case(path: str, parameters: dict[str, Any]) -> None:
-    assert_matches(Case(S=4), path, parameters, scale=-0.7)
+@pytest.mark.parametrize("scale", [-0.7, 0.0])
+def test_a_scale_that_is_not_above_0_is_no_special_case(path: str, parameters: dict[str, Any], scale: float) -> None:
+    case = Case(S=4)
+    exact, eager = (case.run("reference", {"compute_dtype": name}, scale=scale) for name in ("float64", "float32"))
+    found = nsa.selection_attention(
+        case.query, case.key, case.value, case.selection, path=path, parameters=parameters, scale=scale
+    )
+    assert_close(found, exact, eager, torch.float32, float(case.value.abs().max()))
 
 
 def largest_terms(case: Case) -> tuple[float, float, float]:
