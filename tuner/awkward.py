@@ -1,11 +1,13 @@
 """Awkward: small calls that break careless kernels, of every operation, with a problem's own heads, dims and sizes.
 
-``tuner.check`` holds candidates against the oracle on them. Worker side; it runs nothing.
+``tuner.check`` holds candidates against the oracle on them, and on other contents of the problem's own tensors. Worker
+side; it runs nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import msgspec
 import torch
@@ -13,7 +15,43 @@ from torch import Tensor
 
 from nsa.problem import TORCH_DTYPES, SelectionProblem
 from nsa.selection import Selection
-from tuner.inputs import Inputs, structured_selection
+from tuner.inputs import Inputs, drawn_blocks, structured_selection
+
+CODE_RUN = 16
+"""Neighbouring keys that share their values in ``other_contents``, where no block size says how many."""
+
+
+@contextmanager
+def other_contents(problem: SelectionProblem, inputs: Inputs) -> Iterator[None]:
+    """Inside, the very tensors of ``inputs`` hold another call: what was kept of their contents is stale.
+
+    Every other component of queries and keys changes sign and rows select other blocks, complete as before. Values are
+    signs that a block shares: in bfloat16 one block of 16 more or less moves outputs of such by four times the bound,
+    those of random values, which average out, by less than it.
+    """
+    query, key, value, blocks = inputs.query, inputs.key, inputs.value, inputs.selection.indices
+    generator = torch.Generator(device=value.device).manual_seed(1)
+    run = problem.block_size or CODE_RUN
+    _, groups, keys, width = value.shape
+    signs = torch.randint(0, 2, (1, groups, -(-keys // run), width), generator=generator, device=value.device) * 2 - 1
+    values = value.clone()
+    chosen = blocks.clone() if problem.block_size else None
+
+    def turn() -> None:
+        query[..., ::2].neg_()
+        key[..., 1::2].neg_()
+
+    turn()
+    value.copy_(signs.to(value.dtype).repeat_interleave(run, 2)[:, :, :keys])
+    if chosen is not None:
+        blocks.copy_(drawn_blocks(problem, 1, generator, blocks.device))
+    try:
+        yield
+    finally:
+        turn()
+        value.copy_(values)
+        if chosen is not None:
+            blocks.copy_(chosen)
 
 
 def awkward_inputs(problem: SelectionProblem, device: torch.device) -> Iterator[tuple[str, Inputs]]:

@@ -18,7 +18,7 @@ from nsa.paths import SelectionPath
 from nsa.problem import SelectionProblem
 from nsa.trace import ParameterValue
 from nsa.workspace import Workspace
-from tuner.awkward import awkward_inputs, problem_of
+from tuner.awkward import awkward_inputs, other_contents, problem_of
 from tuner.gradient_oracle import GradientOracle
 from tuner.inputs import Inputs
 from tuner.oracle import Call, Oracle, WrongResult
@@ -40,6 +40,7 @@ class Checker:
         self.problem, self.inputs, self.new_workspace = problem, inputs, new_workspace
         self.scale = problem.Dk**-0.5
         self.oracle = Oracle(inputs, self.scale)
+        self.other: Oracle | None = None
         self.awkward: list[tuple[str, Inputs, Oracle]] | None = None
         self.gradients: GradientOracle | None = None
 
@@ -59,7 +60,12 @@ class Checker:
         workspace = self.new_workspace()
         with torch.no_grad():
             with filled_with_nan():
-                error = self.oracle.compare(call(self.inputs, workspace), "first call, outputs poisoned")
+                first = call(self.inputs, workspace)
+            error = self.oracle.compare(first, "first call, outputs poisoned")
+            with other_contents(self.problem, self.inputs):
+                self.other = self.other or Oracle(self.inputs, self.scale)
+                self.other.compare(call(self.inputs, workspace), "the same tensors with other contents")
+            self.oracle.compare(first, "the first call's output, after another call")
             workspace.poison()
             error = max(error, self.oracle.compare(call(self.inputs, workspace), "second call, workspace poisoned"))
             if thorough:

@@ -6,6 +6,7 @@ What PR31 did wrong has its twins in ``tuner.drill``; these do what any process 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import time
@@ -136,6 +137,36 @@ def keeps_state(*args: Any, workspace: Workspace, **options: Any) -> Tensor:
     return kept.clone().view(out.shape)
 
 
+KEPT: dict[Any, Tensor] = {}
+
+
+def keeps_blocks_by_address(query: Tensor, key: Tensor, value: Tensor, selection: Selection, **options: Any) -> Tensor:
+    """Derives from a selection once and looks it up by where the indices lie."""
+    own, place = selection.indices, (query.data_ptr(), selection.indices.data_ptr(), selection.indices.shape)
+    kept = KEPT.setdefault(place, own.clone())
+    return dense.run(query, key, value, dataclasses.replace(selection, indices=kept), **options)
+
+
+def keeps_keys_by_address(query: Tensor, key: Tensor, *args: Any, **options: Any) -> Tensor:
+    """Copies keys into a layout of its own once and looks the copy up by where they lie."""
+    kept = KEPT.setdefault((query.data_ptr(), key.data_ptr(), key.shape, key.stride()), key.detach().clone())
+    return dense.run(query, kept, *args, **options)
+
+
+def returns_its_workspace(*args: Any, workspace: Workspace, **options: Any) -> Tensor:
+    """Its output is a buffer that the next call overwrites."""
+    out = dense.run(*args, workspace=workspace, **options)
+    kept = workspace.take("out", out.shape[0], out[0].numel(), dtype=out.dtype, device=out.device)
+    return kept.copy_(out.flatten(1)).view(out.shape)
+
+
+def drops_a_block(query: Tensor, key: Tensor, value: Tensor, selection: Selection, **options: Any) -> Tensor:
+    """Reads all but the last of topk blocks."""
+    fewer = selection.indices.clone()
+    fewer[..., -1] = -1
+    return dense.run(query, key, value, dataclasses.replace(selection, indices=fewer), **options)
+
+
 def minds_a_small_reserve(*args: Any, reserve_rows: int, **options: Any) -> Tensor:
     """Computes as many rows as were reserved."""
     out = dense.run(*args, **options)
@@ -202,6 +233,7 @@ TWINS = (
     *(exits_while_built, exits_while_timed, raises_while_timed),
     *(off_by_a_percent, runs_packed, nan_in_one_place, leaves_rows_unwritten, returns_another_dtype),
     *(returns_another_shape, keeps_state, grows_with_every_change, wrong_gradient, wrong_gradient_in_the_second_step),
+    *(keeps_blocks_by_address, keeps_keys_by_address, returns_its_workspace, drops_a_block),
 )
 RESERVING = (minds_a_small_reserve, minds_a_large_reserve)
 

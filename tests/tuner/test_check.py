@@ -14,7 +14,7 @@ from nsa.workspace import Workspace
 from tests.tuner.misbehaving import PATHS
 from tuner import gradient_oracle
 from tuner import oracle as oracles
-from tuner.awkward import awkward_inputs, problem_of
+from tuner.awkward import awkward_inputs, other_contents, problem_of
 from tuner.check import Checked, Checker
 from tuner.gradient_oracle import GradientOracle
 from tuner.inputs import make_inputs
@@ -87,7 +87,10 @@ BROKEN = {
     "leaves_rows_unwritten": r"first call, outputs poisoned: \d+ of \d+ output elements are not finite",
     "returns_another_dtype": r"output is torch\.float64 .*, expected torch\.float32",
     "returns_another_shape": r"output is torch\.float32 .*, expected torch\.float32 \(1, 40, 2, 2, 8\)",
-    "keeps_state": "second call, workspace poisoned: .* not finite",
+    "keeps_state": "the same tensors with other contents: off by",
+    "keeps_blocks_by_address": "the same tensors with other contents: off by",
+    "keeps_keys_by_address": "the same tensors with other contents: off by",
+    "returns_its_workspace": "the first call's output, after another call: off by",
     "minds_a_small_reserve": "reserve below the need .* first call: off by",
     "minds_a_large_reserve": "reserve above the need .* first call: off by",
     "grows_with_every_change": "grew .* while shapes alternated",
@@ -97,7 +100,28 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_wrong_result_is_caught_and_named(name: str) -> None:
     with pytest.raises(WrongResult, match=BROKEN[name]):
-        checked(PATHS[name], problem())
+        checked(PATHS[name], problem(topk=2))
+
+
+def test_in_bfloat16_one_block_of_sixteen_that_is_not_read_is_caught() -> None:
+    posed = problem(dtype="bfloat16", S=1024, T=1024, block_size=64, topk=16, G=1, Dk=64, Dv=64)
+    checked(REAL["dense"], posed, thorough=False)
+    with pytest.raises(WrongResult, match="the same tensors with other contents: off by"):
+        checked(PATHS["drops_a_block"], posed, thorough=False)
+
+
+@pytest.mark.parametrize("operation", ["selection", "window", "compression"])
+def test_other_contents_are_another_call_and_leave_the_first_as_it_was(operation: str) -> None:
+    posed = problem(topk=2) if operation == "selection" else branch_problem(operation)
+    inputs = make_inputs(posed, "scored", 0, CPU)
+    tensors = [inputs.query, inputs.key, inputs.value, inputs.selection.indices]
+    before = [tensor.clone() for tensor in tensors]
+    with other_contents(posed, inputs):
+        changed = [not torch.equal(tensor, old) for tensor, old in zip(tensors, before, strict=True)]
+        assert changed == [True, True, True, operation == "selection"]
+        if operation == "selection":
+            assert torch.equal((tensors[3] >= 0).sum(-1), (before[3] >= 0).sum(-1)), "as many blocks a row"
+    assert all(torch.equal(tensor, old) for tensor, old in zip(tensors, before, strict=True))
 
 
 @pytest.mark.parametrize("name", ["off_by_a_percent", "nan_in_one_place", "leaves_rows_unwritten", "keeps_state"])
