@@ -77,7 +77,7 @@ def tests(step: str, seconds: float, *words: str) -> Step:
 
 STEPS = (
     tests("gpu-tests", 180, "-m", "gpu", "tests"),
-    sweep("train-64k", 130, "h200-64-4-train", "contexts=65536"),
+    sweep("train-64k", 170, "h200-64-4-train-64k"),
     tests("kernel-tests", 130, *(f"tests/nsa/{file}.py" for file in FILES)),  # and the sanitizer's kernels compiled
     bench("backward", 220,
           "A-64k-scored,A-16k-scored,A-4k-random,A-16k-random,P-16k-random,G1-16k-random,H4-16k-random,A-16k-smooth,"

@@ -35,7 +35,7 @@ ORDER = (
     *("h200-64-4-window", "h200-64-4-compression", "h200-64-4-exhaustive", "h200-16-16-exhaustive"),
     *("h200-12-2-train", "h200-others-prefill", "h200-others-decode", "h200-others-train"),
     *("h200-64-4-transfer", "h200-64-4-smooth", "h200-64-4-layer"),
-    *("h200-64-4-decode-contexts", "h200-64-4-decode-batches"),
+    *("h200-64-4-decode-contexts", "h200-64-4-decode-batches", "h200-64-4-train-64k"),
 )
 JUDGES = ("-exhaustive", "-transfer")
 SHORTEST_S = 25.0

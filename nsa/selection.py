@@ -145,7 +145,7 @@ class Selection:
             raise ArgumentError(f"window is {size}, expected at least 1")
         if not rows[1] <= context_length:
             raise ArgumentError(f"{rows[1]} queries cannot be the last of a context of {context_length} keys")
-        return StructuredSelection(Structure("window", rows, context_length - rows[1], device, window=size))
+        return StructuredSelection(Structure("window", rows, context_length - rows[1], _placed(device), window=size))
 
     @staticmethod
     def compressed(
@@ -163,7 +163,7 @@ class Selection:
         compressed token exists.
         """
         structure = Structure(
-            "compression", rows, first_position, device, kernel_size=kernel_size, kernel_stride=kernel_stride
+            "compression", rows, first_position, _placed(device), kernel_size=kernel_size, kernel_stride=kernel_stride
         )
         if kernel_stride < 1 or kernel_size < 1 or kernel_size % kernel_stride:
             raise ArgumentError(f"kernel_size {kernel_size} is no positive multiple of kernel_stride {kernel_stride}")
@@ -380,6 +380,12 @@ class StructuredSelection(Selection):
         fixed = {"block_size": 0, "topk": 1, "form": "ranges", "overlap": "high", "T": given.context}
         sizes = {"window": given.window, "kernel_size": given.kernel_size, "kernel_stride": given.kernel_stride}
         return {**fixed, **sizes, "operation": given.operation}
+
+
+def _placed(device: torch.device) -> torch.device:
+    """With its index, as tensors name it: ``cuda`` is the current one."""
+    bare = device.type == "cuda" and device.index is None
+    return torch.device("cuda", torch.cuda.current_device()) if bare else device
 
 
 def _check_integers(name: str, tensor: Tensor) -> None:

@@ -1,9 +1,9 @@
 """``gradient_products.nsa_gradient_block`` for compute capability 9.0, in Gluon: no product waits for another.
 
 Scores stand transposed, (keys, rows). A producer warp copies rows in bulk into a ring, which keeps them off the pipe
-that products read shared operands through. A turn's three products are in flight together, and the next turn's two run
-while the partial query gradients are stored. No product is in flight over the loop's edge, where ptxas would run them
-one by one.
+that products read shared operands through. A turn's three products are in flight together. The next turn's begin when
+the partial query gradients are stored, behind a barrier, so that they take those gradients' registers. No product is
+in flight over the loop's edge, where ptxas would run them one by one.
 """
 
 from __future__ import annotations
@@ -149,10 +149,17 @@ def store_query_part(
 
 
 @gluon.jit
-def next_products(k, v, qring, gring, slot, none):
-    """Start a slot's scores, and the products of values and its output gradients, (keys, rows) both."""
+def next_products(k, v, held0, held1, qring, gring, slot, none, DV: gl.constexpr):
+    """Start a slot's scores, and the products of values and its output gradients, (keys, rows) both. ``held``: values
+    of columns 0 to 63 and 64 to 95 in registers; so many fit beside the accumulators, and shared memory is the pipe
+    that is busiest."""
     score = warpgroup_mma(k, qring.index(slot).permute((1, 0)), none, use_acc=False, is_async=True)
-    return score, warpgroup_mma(v, gring.index(slot).permute((1, 0)), none, use_acc=False, is_async=True)
+    grads = gring.index(slot)
+    fall = warpgroup_mma(held0, grads.slice(0, 64, dim=1).permute((1, 0)), none, use_acc=False, is_async=True)
+    if DV > 64:
+        fall = warpgroup_mma(held1, grads.slice(64, 32, dim=1).permute((1, 0)), fall, is_async=True)
+        fall = warpgroup_mma(v.slice(96, 32, dim=1), grads.slice(96, 32, dim=1).permute((1, 0)), fall, is_async=True)
+    return score, fall
 
 
 @gluon.jit
@@ -173,8 +180,12 @@ def consume(
     key = first + gl.arange(0, BS, gl.SliceLayout(1, SL))
     token = gl.arange(0, M, ROW) // HP
     none = gl.zeros([BS, M], gl.float32, SL)
+    held0 = v.slice(0, 64, dim=1).load(gl.DotOperandLayout(0, SL, 2))
+    held1 = held0
+    if DV > 64:
+        held1 = v.slice(64, 32, dim=1).load(gl.DotOperandLayout(0, SL, 2))
     mbarrier.wait(ready.index(0), 0)
-    score, fall = next_products(k, v, qring, gring, 0, none)
+    score, fall = next_products(k, v, held0, held1, qring, gring, 0, none, DV)
     score, fall = warpgroup_mma_wait(0, deps=(score, fall))
     for start in range(low, high, TOKENS):
         turn = (start - low) // TOKENS
@@ -187,7 +198,6 @@ def consume(
         slope = (weight * (fall - delta[None, :])).to(TYPE)
         slopes.store(slope)
         fence_async_shared()
-        mbarrier.arrive(free.index((turn + STAGES - 1) % STAGES), count=1, pred=start > low)
         operand = gl.convert_layout(weight.to(TYPE), gl.DotOperandLayout(0, VL, 2))
         adding_v = warpgroup_mma(operand, gring.index(slot), dv, is_async=True)
         operand = gl.convert_layout(slope, gl.DotOperandLayout(0, KL, 2))
@@ -198,8 +208,9 @@ def consume(
         own = target + start.to(gl.int64) * (H * DK)
         dv, dk, dq = warpgroup_mma_wait(0, deps=(adding_v, adding_k, parting))
         dq = dq.to(target.dtype.element_ty)
-        score, fall = next_products(k, v, qring, gring, after, none)
         store_query_part(dq, own, high - start, M, H, HP, DK, PAIRED)
+        mbarrier.arrive(free.index(slot), count=1)  # and a barrier: what comes next takes the registers of ``dq``
+        score, fall = next_products(k, v, held0, held1, qring, gring, after, none, DV)
         score, fall = warpgroup_mma_wait(0, deps=(score, fall))
     keys = gl.arange(0, BS, gl.SliceLayout(1, KL))
     columns = gl.arange(0, DK, gl.SliceLayout(0, KL))
