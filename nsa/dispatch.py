@@ -25,6 +25,7 @@ from .opaque import opaque
 from .paths import PATHS
 from .paths.base import Bound
 from .planning import Attempt, Attempts, Overrides, Strict, call_problem, plan_call
+from .rows import tracked
 from .selection import Selection
 from .trace import Notes, ParameterValue, announce, noted, recording
 from .workspace import Workspace
@@ -108,7 +109,7 @@ def selection_attention(
     shape, device = query.shape, query.device
     kind = device.type
     capturing = kind == "cuda" and torch.cuda.is_current_stream_capturing()
-    grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    grad = tracked(query, key, value)
     scale = shape[-1] ** -0.5 if scale is None else scale
     if scale <= 0:  # fused kernels take the largest raw score for the largest scaled one, and mask by -inf * scale
         query, scale = (-query, -scale) if scale else (query * 0, 1.0)

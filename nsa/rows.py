@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from .problem import SelectionProblem
@@ -105,10 +106,16 @@ def gathered_bytes(problem: SelectionProblem) -> int:
     return problem.row_width * (problem.Dk + problem.Dv) * problem.item_bytes
 
 
-def scratch(workspace: Workspace | None, *inputs: Tensor) -> Workspace | None:
-    """The workspace, or None where backward will need what would lie in it: where any input tracks gradients."""
-    tracked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    return None if tracked else workspace
+def tracked(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether derivatives of what is made of them may be wanted: backward, or forward inside one of torch's dual
+    levels."""
+    wanted = query.requires_grad or key.requires_grad or value.requires_grad
+    return (wanted and torch.is_grad_enabled()) or forward_ad._current_level >= 0
+
+
+def scratch(workspace: Workspace | None, query: Tensor, key: Tensor, value: Tensor) -> Workspace | None:
+    """The workspace, or None where derivatives will need what would lie in it."""
+    return None if tracked(query, key, value) else workspace
 
 
 class Gathered(torch.autograd.Function):

@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from ..rows import tracked
 from ..selection import Selection
 from ..trace import ParameterValue
 from .gradient_products import nsa_gradient_block, nsa_gradient_rows
@@ -183,7 +184,9 @@ class SelectionFunction(torch.autograd.Function):
         """Runs ``launch`` and keeps what backward needs."""
         logsum = torch.empty(query.shape[:4], dtype=torch.float32, device=query.device)
         out = launch(query, key, value, selection, scale, logsum)
-        ctx.save_for_backward(query, key, value, out, logsum, selection.indices)
+        length, positions = selection.context_length, selection.query_positions
+        lengths = length if isinstance(length, Tensor) else None
+        ctx.save_for_backward(query, key, value, out, logsum, selection.indices, lengths, positions)
         ctx.rest = (selection, scale, parameters)  # type: ignore[attr-defined]
         return out
 
@@ -191,9 +194,10 @@ class SelectionFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of query, key and value."""
-        query, key, value, out, logsum, indices = ctx.saved_tensors
+        query, key, value, out, logsum, indices, lengths, positions = ctx.saved_tensors
         selection, scale, parameters = ctx.rest
-        selection = replace(selection, indices=indices)
+        length = selection.context_length if lengths is None else lengths
+        selection = replace(selection, indices=indices, context_length=length, query_positions=positions)
         return *backward(query, key, value, selection, scale, out, logsum, grad, **parameters), None, None, None, None
 
 
@@ -207,7 +211,7 @@ def attention(
     parameters: dict[str, ParameterValue],
 ) -> Tensor:
     """``launch(query, key, value, selection, scale, logsum or None)``, differentiable where gradients are wanted."""
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+    if tracked(query, key, value):
         out: Tensor = SelectionFunction.apply(query, key, value, selection, scale, launch, parameters)  # type: ignore[no-untyped-call]
         return out
     return launch(query, key, value, selection, scale, None)

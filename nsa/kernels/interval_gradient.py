@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..rows import tracked
 from ..trace import ParameterValue
 from .interval import (
     Interval,
@@ -301,7 +302,7 @@ def attention(
     backward_parameters: dict[str, ParameterValue],
 ) -> tuple[Tensor, Tensor]:
     """(output, log-sum-exp (B, S, G, h) float32, base 2), the output differentiable where gradients are wanted."""
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+    if tracked(query, key, value):
         found: tuple[Tensor, Tensor] = IntervalFunction.apply(
             query, key, value, interval, scale, forward_parameters, backward_parameters
         )

@@ -22,6 +22,7 @@ from ..device import installed
 from ..errors import UnsupportedPathError
 from ..kernels import support
 from ..problem import DTYPE_NAMES, SelectionProblem
+from ..rows import tracked
 from ..selection import Selection
 from ..trace import ParameterValue, as_part, executed
 from ..workspace import Workspace
@@ -177,9 +178,8 @@ def run(
 def problem_of(query: Tensor, key: Tensor, value: Tensor, selection: Selection) -> SelectionProblem:
     """The problem of the remaining rows, for their path's defaults."""
     batch, queries, groups, heads, width = query.shape
-    grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     return SelectionProblem(
-        mode="train" if grad else "prefill",
+        mode="train" if tracked(query, key, value) else "prefill",
         dtype=DTYPE_NAMES[query.dtype],
         B=batch,
         S=queries,

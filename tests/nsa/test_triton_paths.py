@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tests.interpreter import prepare
 
@@ -211,6 +213,28 @@ def test_gradients_end_where_a_rows_limit_does(positions: tuple[int, ...] | None
     given = None if positions is None else torch.tensor(positions, device=DEVICE)
     case = Case(B=2, S=5, T=37, G=2, n=3, lengths=(21, 37), query_positions=given)
     assert_gradients(case, case.gradients("triton_token", {"order": "group", "backward_rows": 16}))
+
+
+@pytest.mark.parametrize("changed", ["indices", "context_length", "query_positions"])
+def test_a_selection_that_changed_in_place_since_the_forward_has_no_gradients(changed: str) -> None:
+    positions = torch.tensor((3, 8, 20), device=DEVICE)
+    case = Case(B=2, S=3, T=37, lengths=(21, 37), query_positions=positions)
+    leaf = case.query.requires_grad_()
+    out = case.run("triton_token", {})
+    getattr(case.selection, changed).sub_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(out.sum(), leaf)
+
+
+def test_derivatives_in_forward_mode_are_refused_by_torch_and_not_lost() -> None:
+    case = Case(S=3)
+    window = Selection.window(5, rows=(1, 3, 1), context_length=39, device=DEVICE)
+    for path, selection in (("triton_token", case.selection), ("triton_window", window)):
+        call = partial(nsa.selection_attention, key=case.key, value=case.value, selection=selection, path=path)
+        for _ in range(3):  # until the call is bound
+            call(case.query)
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+            call(forward_ad.make_dual(case.query, torch.ones_like(case.query)))
 
 
 @pytest.mark.parametrize(
