@@ -129,7 +129,7 @@ class DispatchTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             return choice
         other = self._resolve_alike(msgspec.structs.replace(problem, complete=not problem.complete))
         usable = other.entry and (problem.complete or not PATHS[other.path].needs_complete)
-        if usable and problem.dense and PATHS[other.path].reads_complete and other.status in ("exact", "bucket"):
+        if usable and problem.dense and PATHS[other.path].reads_complete and other.status in ("exact", "bucket", "stale"):
             why = f"{other.reason}; with complete={not problem.complete}, with which {other.path} launches otherwise"
             return msgspec.structs.replace(other, status="extrapolated", reason=why)
         return other if usable and (not choice.entry or other.status != "extrapolated") else choice
@@ -159,9 +159,9 @@ class DispatchTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         reason = "measured" if same_batch else f"measured at the next larger batch {entry.B}"
         if entry.hinted:
             status, reason = "extrapolated", f"{reason}; with complete=True, with which {entry.path} launches otherwise"
-        if self.__dict__["stale"]:
-            status, reason = "stale", f"{reason}, but {self.__dict__['stale']}"
-        return self._pick(number, entry, status, reason)
+        elif self.__dict__["stale"]:
+            status = "stale"
+        return self._pick(number, entry, status, reason + self._but_stale)
 
     def _between(self, lower: DispatchEntry, number: int, upper: DispatchEntry) -> Choice:
         agree = (

@@ -195,6 +195,17 @@ def test_a_hinted_entry_is_no_exact_answer():
     assert found.lookup(found.entries[0].problem()).status == "extrapolated"
 
 
+def test_what_is_extrapolated_across_the_hint_is_so_in_a_stale_table_too():
+    old = msgspec.structs.replace(software_identity(), torch="1.13.1")
+    union = {"path": "triton_union", "parameters": {"tokens": 4}, "complete": True, "overlap": "high"}
+    sizes = {"h": 4, "block_size": 16, "topk": 1, "S": 16, "T": 16, "Dk": 16, "Dv": 16}
+    for measured in (prompt(hinted=True), prompt(**union, **sizes)):
+        found = DispatchTable.decode(table(measured, software=old))
+        choice = found.lookup(msgspec.structs.replace(found.entries[0].problem(), complete=False))
+        assert choice.status == "extrapolated"
+        assert "torch 1.13.1 then" in choice.reason
+
+
 def test_a_missing_field_is_named():
     partial = entry()
     del partial["run_id"]
