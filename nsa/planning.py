@@ -6,7 +6,7 @@ chain; what cannot run on the call is left out and becomes a step. ``nsa.dispatc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any, Literal
 
@@ -96,7 +96,11 @@ def plan_call(
             f"strict dispatch: the choice {choice.path} is {choice.status!r} ({choice.reason}); expected one of "
             f"{sorted(accepted)}; measure this problem with 'nsa-tune sweep'"
         )
-    return Attempts(lambda: _chain(problem, device, choice, bool(strict), overrides, steps))
+    return Attempts(
+        lambda: _chain(
+            problem, device, choice, () if strict else _others(problem, device, choice, avoid), overrides, steps
+        )
+    )
 
 
 def _preferred(problem: SelectionProblem, device: torch.device, path: str) -> tuple[Attempt | None, tuple[str, ...]]:
@@ -107,15 +111,21 @@ def _preferred(problem: SelectionProblem, device: torch.device, path: str) -> tu
         return None, (f"{path}: {error}",)
 
 
+def _others(problem: SelectionProblem, device: torch.device, choice: Choice, avoid: str) -> Iterator[Candidate]:
+    """What may serve in place of the choice, in order: what it tied with, then the chain; never ``avoid``."""
+    yield from (candidate for candidate in choice.tied if candidate.path != avoid)
+    for name in CHAINS[problem.operation]:
+        if name != avoid:
+            yield Candidate(path=name, parameters=PATHS[name].defaults(problem, device))
+
+
 def _without(problem: SelectionProblem, device: torch.device, choice: Choice, avoid: str) -> Choice:
-    """The choice where ``avoid`` is disallowed: itself, else the first tied that is another path, else the default."""
-    reason = f"{avoid} is disallowed; {choice.reason}"
-    tied = tuple(candidate for candidate in choice.tied if candidate.path != avoid)
-    changes: dict[str, Any] = {"reason": reason, "tied": tied}
+    """The choice where ``avoid`` is disallowed: itself, else the first of the others. Raises UnsupportedPathError."""
+    changes: dict[str, Any] = {"reason": f"{avoid} is disallowed; {choice.reason}"}
     if choice.path == avoid:
-        names = CHAINS[problem.operation]
-        rest = (Candidate(path=name, parameters=PATHS[name].defaults(problem, device)) for name in names)
-        other = next(candidate for candidate in (*tied, *rest) if candidate.path != avoid)
+        other = next(_others(problem, device, choice, avoid), None)
+        if other is None:
+            raise UnsupportedPathError(f"{changes['reason']}, and {problem.operation} has no other path in its chain")
         changes |= {"path": other.path, "parameters": other.parameters, "status": "default"}
     return msgspec.structs.replace(choice, **changes)
 
@@ -141,16 +151,14 @@ def _chain(
     problem: SelectionProblem,
     device: torch.device,
     choice: Choice,
-    strict: bool,
+    others: Iterable[Candidate],
     overrides: Overrides,
     steps: tuple[str, ...],
 ) -> Iterator[Attempt]:
-    """Raises UnsupportedPathError where there is none."""
+    """The choice and the others, as far as they can run. Raises UnsupportedPathError where none can."""
     first = Candidate(path=choice.path, parameters=choice.parameters)
-    names = () if strict else CHAINS[problem.operation]
-    rest = (Candidate(path=name, parameters=PATHS[name].defaults(problem, device)) for name in names)
     none = True
-    for wanted in chain((first,), () if strict else choice.tied, rest):
+    for wanted in chain((first,), others):
         known = PATHS[wanted.path]
         parameters = {**wanted.parameters, **overrides.get(wanted.path, {})}
         candidate = Candidate(path=wanted.path, parameters=parameters)

@@ -420,6 +420,21 @@ def test_a_choice_that_is_in_the_chain_itself_is_tried_once(monkeypatch):
     assert nsa.dispatch_stats().steps == {"varlen: unsupported: not today": 1}
 
 
+@pytest.mark.parametrize("avoid", ["gather", "dense", "varlen"])
+def test_what_is_to_be_avoided_is_taken_nowhere_down_the_chain(monkeypatch, avoid):
+    without(monkeypatch, *({"gather", "varlen", "dense"} - {avoid}))
+    with pytest.warns(DispatchWarning):
+        record, _ = executed(*arguments(), table=table(entry(problem(), "gather", tied=TIED)), avoid=avoid)
+    assert record.path == "packed"
+
+
+def test_where_only_the_avoided_path_is_known_the_error_says_so():
+    selection = Selection.window(4, rows=(1, 1, 2), context_length=32, device=torch.device("cpu"))
+    query, key, value, _ = arguments()
+    with pytest.raises(nsa.UnsupportedPathError, match="sdpa_window is disallowed.*no other path"):
+        nsa.selection_attention(query, key, value, selection, table=table(), avoid="sdpa_window")
+
+
 def test_where_the_whole_chain_cannot_run_every_reason_is_given(monkeypatch):
     without(monkeypatch, "gather", "varlen", "dense", "packed")
     with pytest.raises(nsa.UnsupportedPathError) as raised:
