@@ -129,7 +129,8 @@ class DispatchTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             return choice
         other = self._resolve_alike(msgspec.structs.replace(problem, complete=not problem.complete))
         usable = other.entry and (problem.complete or not PATHS[other.path].needs_complete)
-        if usable and problem.dense and PATHS[other.path].reads_complete and other.status in ("exact", "bucket", "stale"):
+        otherwise = usable and problem.dense and PATHS[other.path].reads_complete
+        if otherwise and other.status in ("exact", "bucket", "stale"):
             why = f"{other.reason}; with complete={not problem.complete}, with which {other.path} launches otherwise"
             return msgspec.structs.replace(other, status="extrapolated", reason=why)
         return other if usable and (not choice.entry or other.status != "extrapolated") else choice

@@ -431,7 +431,7 @@ def test_what_is_to_be_avoided_is_taken_nowhere_down_the_chain(monkeypatch, avoi
 def test_where_only_the_avoided_path_is_known_the_error_says_so():
     selection = Selection.window(4, rows=(1, 1, 2), context_length=32, device=torch.device("cpu"))
     query, key, value, _ = arguments()
-    with pytest.raises(nsa.UnsupportedPathError, match="sdpa_window is disallowed.*no other path"):
+    with pytest.raises(nsa.UnsupportedPathError, match=r"sdpa_window is disallowed.*no other path"):
         nsa.selection_attention(query, key, value, selection, table=table(), avoid="sdpa_window")
 
 
