@@ -8,8 +8,10 @@ It measures nothing and needs no torch until a package is loaded.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from types import ModuleType
 import msgspec
 
 WORKING_TREE = "working tree"
+FOREIGN = "which is the running tool's own copy and not this tree's; import relatively"
 NEEDED = (
     *("PATHS", "DispatchTable", "Selection", "SelectionProblem", "Workspace"),
     *("load_dispatch_table", "record_paths", "selection_attention", "use_dispatch_table"),
@@ -181,6 +184,7 @@ def load_package(tree: Tree, name: str) -> ModuleType:
     Raises TreeError for a package that imports and is not what a comparison needs.
     """
     package = Path(tree.folder) / "nsa"
+    refuse_foreign_imports(tree, package)
     forget_package(name)
     spec = importlib.util.spec_from_file_location(
         name, package / "__init__.py", submodule_search_locations=[str(package)]
@@ -196,7 +200,24 @@ def load_package(tree: Tree, name: str) -> ModuleType:
     missing = [each for each in NEEDED if not hasattr(module, each)]
     if missing:
         raise TreeError(f"{tree.label}: its nsa has no {', '.join(missing)}; it is too old to measure")
+    for path in module.PATHS.values():
+        if path.target.startswith("nsa."):
+            raise TreeError(f"{tree.label}: path {path.name!r} runs {path.target!r}, {FOREIGN}")
     return module
+
+
+def refuse_foreign_imports(tree: Tree, package: Path) -> None:
+    """Raise TreeError where a file of the package imports ``nsa`` by that name."""
+    for file in sorted(package.rglob("*.py")):
+        text = file.read_text()
+        if not re.search(r"^\s*(from|import)\s+nsa\b", text, re.MULTILINE):
+            continue
+        for node in ast.walk(ast.parse(text)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            if any(name.split(".")[0] == "nsa" for name in names):
+                place = f"nsa/{file.relative_to(package).as_posix()}:{node.lineno}"  # type: ignore[attr-defined]
+                raise TreeError(f"{tree.label}: {place} imports nsa by its name, {FOREIGN}")
 
 
 def forget_package(name: str) -> None:

@@ -149,3 +149,32 @@ def test_commits_of_a_range_come_oldest_first_with_their_subjects(repository: Re
     with pytest.raises(TreeError, match="no commits in"):
         commits_between(repository.folder, "HEAD", "HEAD")
     repository.git("checkout", "--quiet", "main")
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "said"),
+    [
+        ("rows.py", "\nfrom nsa.errors import ArgumentError as Foreign\n", r"nsa/rows.py:\d+ imports nsa by its name"),
+        ("rows.py", "\ndef late():\n    import nsa.selection\n", r"nsa/rows.py:\d+ imports nsa by its name"),
+        (
+            "paths/__init__.py",
+            "\nfrom msgspec.structs import replace\nOTHER = replace(PATHS['gather'], target='nsa.paths.gather:run')"
+            "\nPATHS['gather'] = OTHER\n",
+            "path 'gather' runs 'nsa.paths.gather:run'",
+        ),
+    ],
+)
+def test_a_tree_that_would_run_the_tools_own_nsa_is_refused(
+    repository: Repository, file: str, line: str, said: str
+) -> None:
+    commit = repository.commit("imports by name", append(file, line))
+    with open_tree(commit, repository=repository.folder) as tree, pytest.raises(TreeError, match=said):
+        load_package(tree, "nsa_head")
+    repository.git("reset", "--hard", "--quiet", "HEAD~1")
+
+
+def test_words_about_an_import_are_none(repository: Repository) -> None:
+    commit = repository.commit("an example", append("rows.py", '\nEXAMPLE = """\nfrom nsa import Selection\n"""\n'))
+    with open_tree(commit, repository=repository.folder) as tree:
+        load_package(tree, "nsa_head")
+    repository.git("reset", "--hard", "--quiet", "HEAD~1")
