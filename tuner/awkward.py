@@ -6,6 +6,7 @@ side; it runs nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,6 +18,10 @@ from nsa.problem import TORCH_DTYPES, SelectionProblem
 from nsa.selection import Selection
 from tuner.inputs import Inputs, drawn_blocks, structured_selection
 
+LARGEST_TILE = 64
+"""Of query tokens that a kernel handles at once."""
+WITH_GRADIENTS = ("an odd ragged context at once", "an odd context at once, declared complete")
+"""In ``train``. The small ones have too few elements for a bound from the usual error."""
 CODE_RUN = 16
 """Neighbouring keys that share their values in ``other_contents``, where no block size says how many."""
 
@@ -82,14 +87,18 @@ def awkward_inputs(problem: SelectionProblem, device: torch.device) -> Iterator[
     if p.topk > 1:
         ragged[0, -1, 1, 1:] = -1
 
-    def blocks(indices: Tensor) -> Selection:
-        return Selection.from_blocks(indices.to(device), block_size=size, context_length=context)
+    def blocks(indices: Tensor, positions: Tensor | None = None) -> Selection:
+        return Selection.from_blocks(
+            indices.to(device), block_size=size, context_length=context, query_positions=positions
+        )
 
     if p.form == "blocks":
         yield "ragged rows, duplicates, an empty row, a tail block", Inputs(q, k, v, blocks(ragged), None)
         yield "all rows empty", Inputs(q, k, v, blocks(torch.full_like(ragged, -1)), None)
         yield "tied scores", Inputs(q, torch.ones_like(k), v, blocks(ragged), None)
         yield "large magnitudes", Inputs(q * 3, k * 3, v * 30, blocks(ragged), None)
+        far_q, far_k = (t.to(device, dtype) for t in opposite_scores(p, ragged, count, context, generator))
+        yield "scores beyond the exponential's range", Inputs(far_q, far_k, v, blocks(ragged), None)
         lengths = torch.tensor([size + 1, context], device=device)
         first = Selection.from_blocks(ragged.to(device), block_size=size, context_length=lengths)
         if queries <= size + 1:
@@ -99,6 +108,13 @@ def awkward_inputs(problem: SelectionProblem, device: torch.device) -> Iterator[
             )
             case = Inputs(q, spoilt_k, spoilt_v, first, None)
             yield "different context lengths in one batch, NaN beyond them", case
+        strided = torch.cat((q, q), -1)[..., : p.Dk]
+        wide = torch.stack((ragged, -ragged), -1).long()[..., 0]
+        positions = torch.randint(0, context, (batch, queries), generator=generator).to(device)
+        case = Inputs(strided, k, v, blocks(wide, positions), None)
+        yield "positions of the caller's, strided queries, strided blocks of 64 bits", case
+        for name in WITH_GRADIENTS:
+            yield name, odd_prompt(p, generator, device, ragged="ragged" in name)
     else:
         low = torch.randint(-2, context, (batch, queries, groups, p.topk), generator=generator)
         ranges = torch.stack((low, low + torch.randint(-3, size, low.shape, generator=generator)), -1)
@@ -106,6 +122,48 @@ def awkward_inputs(problem: SelectionProblem, device: torch.device) -> Iterator[
         ranges[-1, 0, 0, 0] = torch.tensor((2, 3))
         selection = Selection.from_ranges(ranges.to(device), context_length=context)
         yield "overlapping, inverted and empty ranges", Inputs(q, k, v, selection, None)
+
+
+def opposite_scores(
+    problem: SelectionProblem, blocks: Tensor, count: int, context: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys of which every score is S or -S, S in 100 .. 200, one of the two throughout a block.
+
+    Of one component each, so that the scores of a row are the same to the last bit in whatever order products are
+    summed, and weights 0 or 1 over the number of keys at the top. A row may have -S alone.
+    """
+    p = problem
+    size = 2.0 ** math.ceil(math.log2(100 * p.Dk**0.5))
+
+    def signs(*shape: int) -> Tensor:
+        return torch.randint(0, 2, shape, generator=generator) * 2.0 - 1.0
+
+    direction = torch.zeros(p.Dk)
+    direction[-1] = 1.0
+    query = size * direction * signs(*blocks.shape[:3], p.h, 1)
+    of_block = signs(blocks.shape[0], blocks.shape[2], count, 1)
+    return query, direction * of_block.repeat_interleave(p.block_size, 2)[:, :, :context]
+
+
+def odd_prompt(problem: SelectionProblem, generator: torch.Generator, device: torch.device, *, ragged: bool) -> Inputs:
+    """A prompt of more than a tile of queries, the last tile and block being part ones; in decode its last query.
+
+    Its rows are complete and say so, or ``ragged``: with empty rows, duplicates and blocks behind their position.
+    """
+    p = problem
+    context = max(3 * p.block_size + p.block_size // 2, 2 * LARGEST_TILE) + 1
+    posed = msgspec.structs.replace(p, B=2, G=2, T=context, S=1 if p.mode == "decode" else context)
+    shapes = (2, posed.S, 2, p.h, p.Dk), (2, 2, context, p.Dk), (2, context, 2, p.Dv)
+    query, key, value = (torch.randn(shape, generator=generator).to(device, TORCH_DTYPES[p.dtype]) for shape in shapes)
+    drawn = drawn_blocks(posed, 1, torch.Generator(device=device).manual_seed(7), device)
+    if ragged:
+        drawn[:, 3::7] = -1
+        drawn[:, 1::3, :, -1] = drawn[:, 1::3, :, 0]
+        drawn[:, 2::5, :, 0] = (context - 1) // p.block_size
+    selection = Selection.from_blocks(
+        drawn, block_size=p.block_size, context_length=context, overlap=p.overlap, complete=not ragged
+    )
+    return Inputs(query, key, value.transpose(1, 2), selection, None)
 
 
 def awkward_branch_inputs(problem: SelectionProblem, device: torch.device) -> Iterator[tuple[str, Inputs]]:

@@ -18,8 +18,8 @@ from nsa.paths import SelectionPath
 from nsa.problem import SelectionProblem
 from nsa.trace import ParameterValue
 from nsa.workspace import Workspace
-from tuner.awkward import awkward_inputs, other_contents, problem_of
-from tuner.gradient_oracle import GradientOracle
+from tuner.awkward import WITH_GRADIENTS, awkward_inputs, other_contents, problem_of
+from tuner.gradient_oracle import EXP_ERROR, GradientOracle
 from tuner.inputs import Inputs
 from tuner.oracle import Call, Oracle, WrongResult
 
@@ -41,7 +41,7 @@ class Checker:
         self.scale = problem.Dk**-0.5
         self.oracle = Oracle(inputs, self.scale)
         self.other: Oracle | None = None
-        self.awkward: list[tuple[str, Inputs, Oracle]] | None = None
+        self.awkward: list[tuple[str, Inputs, Oracle, GradientOracle | None]] | None = None
         self.gradients: GradientOracle | None = None
 
     def check(self, path: SelectionPath, parameters: Mapping[str, ParameterValue], *, thorough: bool) -> Checked:
@@ -63,7 +63,7 @@ class Checker:
                 first = call(self.inputs, workspace)
             error = self.oracle.compare(first, "first call, outputs poisoned")
             with other_contents(self.problem, self.inputs):
-                self.other = self.other or Oracle(self.inputs, self.scale)
+                self.other = self.other or Oracle(self.inputs, self.scale, weight_error=EXP_ERROR)
                 self.other.compare(call(self.inputs, workspace), "the same tensors with other contents")
             self.oracle.compare(first, "the first call's output, after another call")
             workspace.poison()
@@ -71,7 +71,8 @@ class Checker:
             if thorough:
                 self._reserves(path, call)
                 check_growth(call, self.inputs, self.new_workspace)
-                self._awkward(path, parameters, call)
+        if thorough:
+            self._awkward(path, parameters, call)
         if self.problem.mode == "train":
             self.gradients = self.gradients or GradientOracle(self.inputs, self.scale)
             self.gradients.compare(call, self.new_workspace())
@@ -105,14 +106,39 @@ class Checker:
                 workspace.poison()
 
     def _awkward(self, path: SelectionPath, parameters: Mapping[str, ParameterValue], call: Call) -> None:
-        device = self.inputs.query.device
+        device, train = self.inputs.query.device, self.problem.mode == "train"
         if self.awkward is None:
             cases = awkward_inputs(self.problem, device)
-            self.awkward = [(name, case, Oracle(case, self.scale)) for name, case in cases]
-        for name, case, oracle in self.awkward:
+            self.awkward = [
+                (
+                    name,
+                    case,
+                    Oracle(case, self.scale),
+                    GradientOracle(case, self.scale) if train and name in WITH_GRADIENTS else None,
+                )
+                for name, case in cases
+            ]
+        for name, case, oracle, gradients in self.awkward:
             if path.unsupported_reason(problem_of(case, self.problem), device, parameters) is None:
-                with filled_with_nan():
+                with filled_with_nan(), torch.no_grad(), unchanged(case, name):
                     oracle.compare(call(case, self.new_workspace()), name)
+                if gradients is not None:
+                    gradients.compare(call, self.new_workspace(), f"{name}, ", frozen=True)
+
+
+@contextmanager
+def unchanged(case: Inputs, where: str) -> Iterator[None]:
+    """Raises WrongResult where the inputs' bits are others at the end."""
+    tensors = {"query": case.query, "key": case.key, "value": case.value}
+    if case.selection.structure is None:
+        tensors["indices"] = case.selection.indices
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    yield
+    for name, tensor in tensors.items():
+        if not torch.equal(tensor.nan_to_num(), before[name].nan_to_num()) or not torch.equal(
+            tensor.isnan(), before[name].isnan()
+        ):
+            raise WrongResult(f"{where}: the call changed its {name}")
 
 
 @contextmanager

@@ -28,9 +28,12 @@ GRADIENT_SCORES, LEAST_GRADIENT_ROWS = 2**26, 32
 EXP_ERROR = 2.0**-20
 """Relative error of the least exact exponential in use: torch's SDPA on a CPU takes exp_u20, 20 bits; ex2.approx of a
 GPU and libm are better."""
-KEYS_TOGETHER = 64
+TOGETHER = 64
 TURNS = (1.0, -1.0)
 """What the queries of the two calls of a training step are multiplied with."""
+STEPS = {"first step": "qkv", "second step": "qkv"}
+FROZEN = {"queries frozen": "kv", "keys and values frozen": "q"}
+"""Step -> which of query, key and value want a gradient."""
 
 
 class Piece(msgspec.Struct, frozen=True):
@@ -61,9 +64,9 @@ class GradientOracle:
     """Gradients of two calls that share keys, values and a workspace, in float64, and the derived bounds.
 
     A bound is the largest of twice the error that the same formula has in the working dtype, 4*eps of the largest
-    gradient, and what weights that are right to EXP_ERROR may do (``weight_errors``): of queries one bound, of keys and
-    values one for each KEYS_TOGETHER neighbours, since a key that every row reads has a thousand times the gradient of
-    one that few do.
+    gradient, and what weights that are right to EXP_ERROR may do (``weight_errors``), for each TOGETHER neighbouring
+    tokens: a key that every row reads has a thousand times the gradient of one that few do, and a query that reads few
+    keys thirty times that of one that reads a thousand.
     """
 
     def __init__(self, inputs: Inputs, scale: float) -> None:
@@ -80,10 +83,8 @@ class GradientOracle:
         least = 4 * torch.finfo(inputs.query.dtype).eps
         self.bounds = []
         for found, want, error in zip(usual, self.truth, self._weight_errors(), strict=True):
-            grouped = want.dim() == 4
             parts = (2 * (found.double() - want).abs(), least * want.abs(), EXP_ERROR * error)
-            most = [largest(part) if grouped else part.max() for part in parts]
-            self.bounds.append(torch.stack(most).amax(0))
+            self.bounds.append(torch.stack([largest(part) for part in parts]).amax(0))
 
     def _pieces(self) -> Iterator[Piece]:
         inputs = self.inputs
@@ -123,32 +124,32 @@ class GradientOracle:
         return [query_grad, *sums]
 
     def _weight_errors(self) -> list[Tensor]:
-        of_query = torch.zeros((), dtype=torch.float64, device=self.inputs.query.device)
+        of_query = torch.zeros(self.inputs.query.shape, dtype=torch.float64, device=self.inputs.query.device)
         sums = [
             torch.zeros(t.shape, dtype=torch.float64, device=t.device) for t in (self.inputs.key, self.inputs.value)
         ]
         for piece in self._pieces():
             parts = [weight_errors(piece, self.scale, turn) for turn in TURNS]
-            of_query = torch.maximum(of_query, torch.stack([part[0] for part in parts]).sum(0).max())
+            of_query[:, piece.rows] = parts[0][0] + parts[1][0]
             for _, *rest in parts:
                 for total, part in zip(sums, rest, strict=True):
                     piece.add(total, part)
         return [of_query, *sums]
 
-    def compare(self, call: Call, workspace: Workspace) -> float:
-        """Two steps with one workspace, poisoned in between: the largest error in units of its bound. Raises
-        WrongResult."""
-        worst = 0.0
-        for step in ("first", "second"):
-            gradients = two_calls(call, self.inputs, workspace, self.rows, self.rows)
-            for name, found, want, bound in zip("qkv", gradients, self.truth, self.bounds, strict=True):
+    def compare(self, call: Call, workspace: Workspace, where: str = "", *, frozen: bool = False) -> float:
+        """Two steps with one workspace, poisoned in between, and with ``frozen`` one each with some inputs frozen: the
+        largest error in units of its bound. Raises WrongResult."""
+        worst, known = 0.0, list(zip("qkv", self.truth, self.bounds, strict=True))
+        for step, wanted in (STEPS | FROZEN if frozen else STEPS).items():
+            gradients = two_calls(call, self.inputs, workspace, self.rows, self.rows, wanted)
+            for found, (name, want, bound) in zip(gradients, (one for one in known if one[0] in wanted), strict=True):
                 error = (found.double() - want).abs()
                 beyond = (~(error <= bound)).nonzero()
                 if len(beyond):
                     place = tuple(beyond[0].tolist())
                     off, allowed = error[place], bound.expand_as(error)[place]
                     said = f"gradient of {name} off by {off:.3g} at {place}, derived bound {allowed:.3g}"
-                    raise WrongResult(f"{step} step: {said}")
+                    raise WrongResult(f"{where}{step}: {said}")
                 worst = max(worst, float((error / bound).nan_to_num().max()))  # 0 of 0 where nothing is allowed
             workspace.poison()
         return worst
@@ -173,10 +174,13 @@ def keys_read(selection: Selection, keys: int) -> tuple[Tensor, Tensor]:
 
 
 def largest(part: Tensor) -> Tensor:
-    """(B, G, T, D) -> (B, G, T, 1): the largest element of each KEYS_TOGETHER neighbouring keys."""
-    batch, groups, keys, _ = part.shape
-    of_key = torch.nn.functional.pad(part.amax(-1), (0, -keys % KEYS_TOGETHER)).view(batch, groups, -1, KEYS_TOGETHER)
-    return of_key.amax(-1).repeat_interleave(KEYS_TOGETHER, -1)[..., :keys, None]
+    """The largest element of each TOGETHER neighbouring tokens: of keys (B, G, T, D) -> (B, G, T, 1), of queries
+    (B, S, G, h, D) -> (B, S, G, 1, 1)."""
+    if part.dim() == 5:
+        return largest(part.transpose(1, 2).flatten(3)).transpose(1, 2)[..., None]
+    batch, groups, tokens, _ = part.shape
+    of_token = torch.nn.functional.pad(part.amax(-1), (0, -tokens % TOGETHER)).view(batch, groups, -1, TOGETHER)
+    return of_token.amax(-1).repeat_interleave(TOGETHER, -1)[..., :tokens, None]
 
 
 def attention_over(query: Tensor, key: Tensor, value: Tensor, piece: Piece, scale: float) -> Tensor:
@@ -189,17 +193,24 @@ def attention_over(query: Tensor, key: Tensor, value: Tensor, piece: Piece, scal
     return torch.einsum(f"bsght,{piece.keys}->bsghd", weights / torch.where(total > 0, total, 1.0), value)
 
 
-def two_calls(run: Call, case: Inputs, workspace: Workspace | None, rows: Tensor, numbers: Tensor) -> list[Tensor]:
-    """Gradients with respect to query, key and value of a loss over the query tokens ``rows``, known by ``numbers``, of
-    two calls, the second of the query turned round. What a path keeps in the workspace for its first backward, its
-    second call overwrites."""
-    leaves = [tensor.detach().clone().requires_grad_() for tensor in (case.query, case.key, case.value)]
-    query, key, value = leaves
+def two_calls(
+    run: Call, case: Inputs, workspace: Workspace | None, rows: Tensor, numbers: Tensor, wanted: str = "qkv"
+) -> list[Tensor]:
+    """Gradients of the ``wanted`` of query, key and value under a loss over the query tokens ``rows``, known by
+    ``numbers``, of two calls, the second of the query turned round. What a path keeps in the workspace for its first
+    backward, its second call overwrites. The gradient that the second call is handed is strided. Where none comes
+    back it is zero."""
+    tensors = dict(zip("qkv", (case.query, case.key, case.value), strict=True))
+    leaves = {name: tensor.detach().clone().requires_grad_(name in wanted) for name, tensor in tensors.items()}
     losses = []
     for turn in TURNS:
-        out = run(Inputs(query * turn, key, value, case.selection, None), workspace)[:, rows]
-        losses.append((out * loss_weight(out.shape, numbers, out.dtype)).sum())
-    return list(torch.autograd.grad(losses, leaves))
+        out = run(Inputs(leaves["q"] * turn, leaves["k"], leaves["v"], case.selection, None), workspace)
+        read = out[:, rows] if turn > 0 else out.transpose(1, 3)[:, :, :, rows].transpose(1, 3)
+        losses.append((read * loss_weight(read.shape, numbers, out.dtype)).sum())
+    asked, known = [leaves[name] for name in wanted], [loss for loss in losses if loss.requires_grad]
+    if not known:
+        return [torch.zeros_like(leaf) for leaf in asked]
+    return list(torch.autograd.grad(known, asked, allow_unused=True, materialize_grads=True))
 
 
 def loss_weight(shape: torch.Size, numbers: Tensor, dtype: torch.dtype) -> Tensor:

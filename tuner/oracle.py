@@ -33,15 +33,17 @@ class Oracle:
 
     The bound is the larger of twice the error that the same formula has in the working dtype and 4*eps*max|v|. That
     error is the largest over ORDERS orders of the sum over the head dim: one order alone may happen to be a lucky one,
-    and in float64 the first is the oracle's own.
+    and in float64 the first is the oracle's own. ``weight_error``: of a weight, relative, where inputs are such that
+    errors of weights add up; an output is then off by twice as much of max|v|, for the weights are normalised.
     """
 
-    def __init__(self, inputs: Inputs, scale: float) -> None:
+    def __init__(self, inputs: Inputs, scale: float, *, weight_error: float = 0.0) -> None:
         batch, queries, groups, heads, _ = inputs.query.shape
         self.rows = compared_rows(inputs, FULL_SCORES, SPOT_ROWS)
         part = selected_rows(inputs, self.rows)
         self.truth = reference.run(*part, scale=scale)
-        floor = 4 * torch.finfo(inputs.query.dtype).eps * float(inputs.value.nan_to_num().abs().max())
+        part_of_most = max(4 * torch.finfo(inputs.query.dtype).eps, 2 * weight_error)
+        floor = part_of_most * float(inputs.value.nan_to_num().abs().max())
         self.bound = max(2 * self._usual_error(part, scale), floor)
         if not self.bound < float("inf"):
             raise ArgumentError("the oracle's bound is not finite: the working dtype overflows on these inputs")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nsa.paths import PATHS as REAL
-from nsa.paths import Parameter, SelectionPath, dense, gather, packed
+from nsa.paths import Parameter, SelectionPath, dense, gather, packed, reference
 from nsa.paths.base import reserve_parameter
 from nsa.problem import SelectionProblem
 from nsa.selection import Selection
@@ -167,6 +167,89 @@ def drops_a_block(query: Tensor, key: Tensor, value: Tensor, selection: Selectio
     return dense.run(query, key, value, dataclasses.replace(selection, indices=fewer), **options)
 
 
+def sorts_in_place(query: Tensor, key: Tensor, value: Tensor, selection: Selection, **options: Any) -> Tensor:
+    """Sorts the caller's own blocks."""
+    selection.indices.copy_(selection.indices.sort(-1).values)
+    return dense.run(query, key, value, selection, **options)
+
+
+def cleans_the_cache(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
+    """Overwrites what lies in the caller's cache behind the context."""
+    with torch.no_grad():
+        value.nan_to_num_(0.0)
+    return dense.run(query, key, value, *args, **options)
+
+
+def without_a_maximum(query: Tensor, key: Tensor, value: Tensor, selection: Selection, **options: Any) -> Tensor:
+    """Weights are exp(score), whatever the score."""
+    read = reference.selected_keys(selection, key.shape[2], 0, query.shape[1])[:, :, :, None]
+    scores = torch.einsum("bsghd,bgtd->bsght", query, key.nan_to_num()) * options["scale"]
+    weights = torch.exp(scores) * read
+    total = weights.sum(-1, keepdim=True)
+    return torch.einsum("bsght,bgtd->bsghd", weights / torch.where(total > 0, total, 1.0), value.nan_to_num())
+
+
+def forgets_the_last_tile(query: Tensor, *args: Any, **options: Any) -> Tensor:
+    """Right for the queries of whole tiles of 64, and for fewer than a tile."""
+    out, queries = dense.run(query, *args, **options), query.shape[1]
+    return torch.where(torch.arange(queries)[:, None, None, None] < max(queries // 64, 1) * 64, out, 0.0)
+
+
+def as_contiguous(tensor: Tensor) -> Tensor:
+    """The tensor as a kernel sees it that is not told its strides."""
+    return tensor.as_strided(tensor.shape, torch.empty(tensor.shape).stride())
+
+
+def minds_strided_queries(query: Tensor, *args: Any, **options: Any) -> Tensor:
+    """Reads queries as if they were contiguous."""
+    return dense.run(as_contiguous(query), *args, **options)
+
+
+def minds_strided_blocks(query: Tensor, key: Tensor, value: Tensor, selection: Selection, **options: Any) -> Tensor:
+    """Reads blocks as if they were contiguous."""
+    given = dataclasses.replace(selection, indices=as_contiguous(selection.indices))
+    return dense.run(query, key, value, given, **options)
+
+
+def minds_positions(query: Tensor, key: Tensor, value: Tensor, selection: Selection, **options: Any) -> Tensor:
+    """Takes the queries for the last of the context, whatever the caller says."""
+    return dense.run(query, key, value, dataclasses.replace(selection, query_positions=None), **options)
+
+
+class Spoilt(torch.autograd.Function):
+    """Passes a tensor on; its gradient goes through ``change``."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.change = change
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.change(grad), None
+
+
+def counts_duplicates_in_its_gradient(
+    query: Tensor, key: Tensor, value: Tensor, selection: Selection, **options: Any
+) -> Tensor:
+    """The key's gradient is right where no row names a block twice."""
+    ordered = selection.indices.sort(-1).values
+    twice = bool(((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any())
+    return dense.run(query, Spoilt.apply(key, lambda grad: grad * (2 if twice else 1)), value, selection, **options)
+
+
+def minds_a_strided_gradient(*args: Any, **options: Any) -> Tensor:
+    """Its backward reads what it is handed as if that were contiguous."""
+    return Spoilt.apply(dense.run(*args, **options), as_contiguous)
+
+
+def asks_the_query_alone(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
+    """Keys and values have gradients where the query has one."""
+    if not query.requires_grad:
+        key, value = key.detach(), value.detach()
+    return dense.run(query, key, value, *args, **options)
+
+
 def minds_a_small_reserve(*args: Any, reserve_rows: int, **options: Any) -> Tensor:
     """Computes as many rows as were reserved."""
     out = dense.run(*args, **options)
@@ -234,6 +317,9 @@ TWINS = (
     *(off_by_a_percent, runs_packed, nan_in_one_place, leaves_rows_unwritten, returns_another_dtype),
     *(returns_another_shape, keeps_state, grows_with_every_change, wrong_gradient, wrong_gradient_in_the_second_step),
     *(keeps_blocks_by_address, keeps_keys_by_address, returns_its_workspace, drops_a_block),
+    *(sorts_in_place, cleans_the_cache, without_a_maximum, forgets_the_last_tile, minds_strided_queries),
+    *(minds_strided_blocks, minds_positions, counts_duplicates_in_its_gradient, minds_a_strided_gradient),
+    *(asks_the_query_alone,),
 )
 RESERVING = (minds_a_small_reserve, minds_a_large_reserve)
 
@@ -242,6 +328,7 @@ PATHS: dict[str, SelectionPath] = {
     "needs_a_gpu": msgspec.structs.replace(twin(needs_a_gpu), unsupported=lambda *_: "needs a GPU"),
     **{run.__name__: twin(run) for run in TWINS},
     **{run.__name__: twin(run, reserve=True) for run in RESERVING},
+    "complete_alone": msgspec.structs.replace(twin(forgets_the_last_tile), needs_complete=True),
 }
 
 WRONG_DEFAULT, FAILING_DEFAULT = (

@@ -14,7 +14,7 @@ from nsa.workspace import Workspace
 from tests.tuner.misbehaving import PATHS
 from tuner import gradient_oracle
 from tuner import oracle as oracles
-from tuner.awkward import awkward_inputs, other_contents, problem_of
+from tuner.awkward import WITH_GRADIENTS, awkward_inputs, other_contents, problem_of
 from tuner.check import Checked, Checker
 from tuner.gradient_oracle import GradientOracle
 from tuner.inputs import make_inputs
@@ -91,6 +91,13 @@ BROKEN = {
     "keeps_blocks_by_address": "the same tensors with other contents: off by",
     "keeps_keys_by_address": "the same tensors with other contents: off by",
     "returns_its_workspace": "the first call's output, after another call: off by",
+    "sorts_in_place": "the call changed its indices",
+    "cleans_the_cache": "NaN beyond them: the call changed its value",
+    "without_a_maximum": "scores beyond the exponential's range: .* not finite",
+    "forgets_the_last_tile": "an odd ragged context at once: off by",
+    "minds_strided_queries": "strided queries, strided blocks of 64 bits: off by",
+    "minds_strided_blocks": "strided queries, strided blocks of 64 bits: off by",
+    "minds_positions": "positions of the caller's, .* off by",
     "minds_a_small_reserve": "reserve below the need .* first call: off by",
     "minds_a_large_reserve": "reserve above the need .* first call: off by",
     "grows_with_every_change": "grew .* while shapes alternated",
@@ -141,6 +148,40 @@ def test_a_wrong_gradient_is_caught_in_train_and_only_there(name: str, said: str
     with pytest.raises(WrongResult, match=said):
         checked(PATHS[name], problem(mode="train"))
     checked(PATHS[name], problem())
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("counts_duplicates_in_its_gradient", "an odd ragged context at once, first step: gradient of k off by"),
+        ("minds_a_strided_gradient", "first step: gradient of q off by"),
+        ("asks_the_query_alone", "an odd ragged context at once, queries frozen: gradient of k off by"),
+    ],
+)
+def test_a_gradient_that_is_wrong_for_awkward_selections_or_callers_is_caught(name: str, said: str) -> None:
+    with pytest.raises(WrongResult, match=said):
+        checked(PATHS[name], problem(mode="train"))
+
+
+def test_a_path_for_complete_selections_alone_meets_an_awkward_one() -> None:
+    with pytest.raises(WrongResult, match="an odd context at once, declared complete: off by"):
+        checked(PATHS["complete_alone"], problem(complete=True))
+
+
+def test_in_bfloat16_a_query_gradient_that_is_off_for_rows_of_many_keys_is_caught() -> None:
+    posed = problem(mode="train", dtype="bfloat16", S=1024, T=1024, G=1, Dk=64, Dv=64, block_size=64, topk=16)
+    path, scale = REAL["dense"], 0.125
+    found = GradientOracle(make_inputs(posed, "random", 0, CPU), scale)
+
+    def call(case: Any, workspace: Any, kept: float) -> torch.Tensor:
+        query = case.query
+        late = query[:, 700:].detach() + kept * (query[:, 700:] - query[:, 700:].detach())
+        tensors = torch.cat((query[:, :700], late), 1), case.key, case.value
+        return path.function()(*tensors, case.selection, scale=scale, workspace=workspace, **path.defaults(posed, CPU))
+
+    found.compare(lambda *given: call(*given, kept=1.0), Workspace())
+    with pytest.raises(WrongResult, match="gradient of q off by"):
+        found.compare(lambda *given: call(*given, kept=0.8), Workspace())
 
 
 def test_what_does_not_depend_on_the_context_is_left_out_unless_thorough() -> None:
@@ -262,15 +303,18 @@ def test_awkward_inputs_are_as_awkward_as_they_say(form: str, mode: str) -> None
         mode=mode, S=1 if mode == "decode" else 40, form=form, block_size=16 if form == "blocks" else 0
     )  # fmt: skip
     cases = dict(awkward_inputs(posed, CPU))
-    assert len(cases) == (5 if form == "blocks" else 1)
+    assert len(cases) == (9 if form == "blocks" else 1)
     for name, case in cases.items():
         lengths = case.selection.lengths
         assert problem_of(case, posed).mode == mode
         assert not case.value.is_contiguous()
-        assert int(lengths.min()) == 0, name
+        assert int(lengths.min()) == 0 or name in WITH_GRADIENTS, name
         if name != "all rows empty":
             assert int(lengths.max()) > 0, name
     if form == "blocks":
+        prompt, complete = (cases[name] for name in WITH_GRADIENTS)
+        assert (prompt.query.shape[1], complete.selection.complete) == (1 if mode == "decode" else 129, True)
+        assert mode == "decode" or int(prompt.selection.lengths.min()) == 0
         ragged = cases["ragged rows, duplicates, an empty row, a tail block"].selection
         assert int(ragged.context_length) % 16
         assert (ragged.indices == int(ragged.context_length) // 16).sum() >= 3
