@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from .cache import BRANCHES, Branch, NSACache
+from .cache import BRANCHES, Branch, NSACache, check_branch
 from .compression import MeanCompressor, MLPCompressor, compressed_attention
 from .config import NSAConfig
 from .decode import Route, decode_route, fused_decode
@@ -95,7 +95,7 @@ class NSAAttention(nn.Module):
 
     def forward(self, x: Tensor, *, branch: Branch | None = None) -> Tensor:
         """x (B, S, dim), a whole context -> y (B, S, dim); for training, and without a cache."""
-        self._check(x)
+        self._check(x, branch)
         return cast(Tensor, self.output(self._whole(self.project(x), branch)))
 
     @opaque
@@ -114,7 +114,7 @@ class NSAAttention(nn.Module):
 
         ``capacity``: tokens that the cache has room for from the start; ``page_size`` as in ``empty_cache``.
         """
-        self._check(x)
+        self._check(x, branch)
         room = max(capacity, x.shape[1])
         cache = self.empty_cache(x.shape[0], capacity=room, device=x.device, page_size=page_size)
         if self.flags.batched_prefill:
@@ -150,7 +150,7 @@ class NSAAttention(nn.Module):
         ``route``: ``fused`` is one step in few kernels on the device, ``branches`` the three branches by torch
         operators and selection paths; see ``decode_route``. A call that fails leaves the cache as it was.
         """
-        self._check(x)
+        self._check(x, branch)
         if x.shape[1] != 1:
             raise ArgumentError(f"decode takes one token, x (B, 1, {self.config.dim}), got {tuple(x.shape)}")
         if x.shape[0] != cache.batch:
@@ -245,7 +245,8 @@ class NSAAttention(nn.Module):
         compression, selection, window = (outs[name] for name in BRANCHES)
         return mix_branches(gates, compression, selection, window).flatten(2)
 
-    def _check(self, x: Tensor) -> None:
+    def _check(self, x: Tensor, branch: Branch | None) -> None:
+        check_branch(branch)
         if x.dim() != 3 or x.shape[2] != self.dim or min(x.shape) < 1:
             raise ArgumentError(f"x has shape {tuple(x.shape)}, expected (B, S, {self.dim}), B and S at least 1")
 

@@ -19,6 +19,12 @@ Branch = Literal["compression", "selection", "window"]
 BRANCHES: tuple[Branch, ...] = get_args(Branch)
 
 
+def check_branch(branch: Branch | None) -> None:
+    """Raise ArgumentError for what is neither a branch nor None."""
+    if branch is not None and branch not in BRANCHES:
+        raise ArgumentError(f"unknown branch {branch!r}; expected None or one of {list(BRANCHES)}")
+
+
 class NSACache:
     """One sequence batch's cache in one layer. Keys (B, G, T, Dk) and values (B, G, T, Dv) by branch.
 

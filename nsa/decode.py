@@ -6,18 +6,19 @@ branches. Positions live on the device and the host counts along, so nothing her
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from .cache import Branch, NSACache
+from .cache import Branch, NSACache, check_branch
 from .errors import ArgumentError, UnsupportedPathError
 from .flags import Flags
 from .kernels import support
 from .step import FusedStep, Layer, StepParameters, step_key, step_of
 
 Route = Literal["auto", "fused", "branches"]
+ROUTES: tuple[Route, ...] = get_args(Route)
 USUAL = Flags()
 MOST_BLOCKS = 2**13
 """Blocks that one program ranks at once."""
@@ -67,8 +68,11 @@ def unsupported_reason(layer: Layer, x: Tensor, cache: NSACache) -> str | None:
 def decode_route(layer: Layer, x: Tensor, cache: NSACache, route: Route) -> tuple[str, str, str]:
     """(route, status, reason). Forced by the argument, else by NSA_USE_FUSED_DECODE, and then never another one.
 
-    Otherwise ``fused`` where it can run, unless a flag names what only ``branches`` does. Raises UnsupportedPathError.
+    Otherwise ``fused`` where it can run, unless a flag names what only ``branches`` does. Raises UnsupportedPathError,
+    and ArgumentError for a route that there is not.
     """
+    if route not in ROUTES:
+        raise ArgumentError(f"unknown route {route!r}; expected one of {list(ROUTES)}")
     forced, by = (route, "argument") if route != "auto" else (layer.flags.decode_route, "flag")
     if forced == "branches":
         return "branches", "forced", f"asked for by {by}"
@@ -109,6 +113,7 @@ class DecodeGraph:
         branch: Branch | None = None,
         parameters: StepParameters | None = None,
     ) -> None:
+        check_branch(branch)
         self.layer, self.cache, self.branch, self.parameters = layer, cache, branch, parameters
         self.captures = 0
         self._graph: torch.cuda.CUDAGraph | None = None

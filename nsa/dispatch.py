@@ -113,7 +113,11 @@ def selection_attention(
     scale = shape[-1] ** -0.5 if scale is None else scale
     if scale <= 0:  # fused kernels take the largest raw score for the largest scaled one, and mask by -inf * scale
         query, scale = (-query, -scale) if scale else (query * 0, 1.0)
-    length = selection.context_length
+    try:
+        length = selection.context_length
+    except AttributeError as error:
+        made = "make it with Selection.from_blocks or Selection.from_ranges"
+        raise ArgumentError(f"selection is a {type(selection).__name__}, expected a Selection; {made}") from error
     fixed = -1 if isinstance(length, Tensor) else length
     if isinstance(length, Tensor) and length.device.type == "cpu" and bool((length > key.shape[-2]).any()):
         raise ArgumentError(f"context_length {length.tolist()} exceeds the {key.shape[-2]} keys that were passed")

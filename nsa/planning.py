@@ -79,6 +79,8 @@ def plan_call(
     if table is None:
         forced = _forced(problem, device, path, parameters)
         return Attempts(lambda: iter((forced,)))
+    if strict not in (False, True, "stale-ok"):
+        raise ArgumentError(f"strict is {strict!r}, expected False, True or 'stale-ok'")
     if parameters:
         raise ArgumentError("parameters belong to a named path; got path='auto', whose parameters the table chooses")
     here = device_identity(device.type)

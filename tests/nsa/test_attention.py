@@ -364,3 +364,15 @@ def test_two_threads_do_not_share_a_workspace(monkeypatch):
         for _ in range(8):
             together = list(pool.map(lambda x: layer.prefill(x)[0], inputs))
             assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+
+
+def test_a_misspelt_branch_or_route_is_an_error_that_lists_the_right_ones_and_appends_nothing():
+    layer, x = layer_of("h1"), tokens(1, 3, 12)
+    cache = layer.empty_cache(1, capacity=3, device=torch.device("cpu"))
+    calls = (lambda: layer(x, branch="windows"), lambda: layer.prefill(x, branch="windows"))
+    for call in (*calls, lambda: layer.decode(x[:, :1], cache, branch="windows")):
+        with pytest.raises(ArgumentError, match=r"unknown branch 'windows'; expected None or one of \['compression'"):
+            call()
+    with pytest.raises(ArgumentError, match=r"unknown route 'fusde'; expected one of \['auto', 'fused', 'branches'\]"):
+        layer.decode(x[:, :1], cache, route="fusde")
+    assert cache.length == 0

@@ -254,6 +254,17 @@ def test_strict_accepts_exact_and_bucket_only():
         nsa.selection_attention(*near, table=table(), strict=True)
 
 
+def test_a_misspelt_strict_is_an_error_and_not_plain_true():
+    with pytest.raises(ArgumentError, match="strict is 'stale_ok', expected False, True or 'stale-ok'"):
+        nsa.selection_attention(*arguments(), table=table(entry(problem(), "dense")), strict="stale_ok")
+
+
+def test_block_indices_in_the_place_of_a_selection_are_told_what_makes_one_of_them():
+    query, key, value, selection = arguments()
+    with pytest.raises(ArgumentError, match=r"selection is a Tensor, expected a Selection; .*Selection\.from_blocks"):
+        nsa.selection_attention(query, key, value, selection.indices)
+
+
 def test_strict_refuses_stale_unless_that_is_ok():
     old = table(entry(problem(), "packed"), torch="1.13.1")
     with pytest.raises(StrictDispatchError, match="'stale'"):
