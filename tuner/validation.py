@@ -1,7 +1,7 @@
 """Validation: everything that the records of one device say, read and chosen for a report. It measures nothing.
 
-Of sweeps the newest run of each problem counts, of training the newest run of each setup, and the newest comparison and
-history. ``tuner.validation_rules`` recommends from it, ``tuner.validation_sections`` lays it out.
+Of sweeps the newest run of each problem counts, of training the newest run of each setup, the newest comparison of two
+trees, and the newest history. ``tuner.validation_rules`` recommends from it, ``tuner.validation_sections`` lays it out.
 """
 
 from __future__ import annotations
@@ -41,6 +41,12 @@ class CompareRun(msgspec.Struct, frozen=True, kw_only=True):
         """The head's commit, written as other records write theirs, or its label."""
         head = self.result.head
         return head.commit + (f"-dirty-{head.digest[:8]}" if head.dirty else "") if head.commit else head.label
+
+    @property
+    def of_itself(self) -> bool:
+        """Whether one tree was named twice, as by ``nsa-tune selftest``: that tells of the machine, of no commit."""
+        base, head = self.result.base, self.result.head
+        return (base.asked, base.digest) == (head.asked, head.digest)
 
 
 class TrainingRun(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,6 +115,9 @@ def read_validation(root: Path, *, device: str = "", commit: str = "") -> Valida
     sweeps, left_out = kept(sweeps, chosen, commit, lambda run: run.environment.commit)
     training, more = kept(training, chosen, commit, lambda run: run.environment.commit)
     compares, still_more = kept(compares, chosen, commit, lambda run: run.head)
+    if any(run.of_itself for run in compares):
+        still_more.append("comparisons of a tree with itself, as selftest makes")
+        compares = [run for run in compares if not run.of_itself]
     ours = [found for found in histories if found.lines and found.lines[0].device == chosen]
     newest = {record_key(record): run for run in sweeps for record in run.records}
     records = tuple(record for run in sweeps for record in run.records if newest[record_key(record)] is run)

@@ -58,6 +58,15 @@ def test_good_records_of_one_commit_say_merge_without_a_reason(tmp_path: Path) -
     assert (found.word, found.reasons, found.exit_code) == ("merge", (), 0)
 
 
+def test_a_selftest_after_the_comparison_is_not_what_the_report_is_about(tmp_path: Path) -> None:
+    installed = Tree(asked="installed", folder="here", digest="1")
+    later = {"run_id": "compare-run-of-selftest", "date": "2026-11-22T13:00:00+00:00"}
+    write_compare(write_good(tmp_path), [], base=installed, head=installed, **later)
+    found = read_validation(tmp_path)
+    assert (found.subject, recommend(found).word) == (COMMIT, "merge")
+    assert found.left_out == ("comparisons of a tree with itself, as selftest makes",)
+
+
 # --- do not merge ---
 
 

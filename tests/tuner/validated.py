@@ -147,10 +147,12 @@ def compare_lines(ratios: tuple[float, float] = (1.0, 1.0), rounds: int = 40, **
     return lines
 
 
-def write_compare(root: Path, lines: list[Line], *, head: Tree = HEAD, **changes: Any) -> None:
-    folder = CompareFolder(root / "compares" / SLUG / "compare-run")
-    question = Question(base=BASE, head=head, scenarios=SCENARIOS, device="cuda")
-    folder.start(environment("compare-run", msgspec.to_builtins(question), **changes))
+def write_compare(
+    root: Path, lines: list[Line], *, base: Tree = BASE, head: Tree = HEAD, run_id: str = "compare-run", **changes: Any
+) -> None:
+    folder = CompareFolder(root / "compares" / SLUG / run_id)
+    question = Question(base=base, head=head, scenarios=SCENARIOS, device="cuda")
+    folder.start(environment(run_id, msgspec.to_builtins(question), **changes))
     folder.lines.append(*lines)
     folder.finish()
 
