@@ -10,6 +10,7 @@ import msgspec
 from markupsafe import Markup
 
 from tuner.record import write_whole
+from tuner.sweep import SweepError
 from tuner.validation import Validation, read_validation, short
 from tuner.validation_figures import as_file, interval_svg, span_of
 from tuner.validation_layout import Cell, Document, Figure, Table
@@ -41,8 +42,15 @@ def document_of(found: Validation, recommendation: Recommendation) -> Document:
 
 
 def report(root: Path, *, device: str, commit: str, markdown: Path | None, html: Path | None) -> tuple[Document, int]:
-    """Read the records, recommend, and write what was asked for. Returns the document and the exit code."""
+    """Read the records, recommend, and write what was asked for. Returns the document and the exit code.
+
+    Raises SweepError where a device or a commit was named that nothing was recorded of.
+    """
     found = read_validation(root, device=device, commit=commit)
+    if (device or commit) and not found.environments and (commit or found.history is None):
+        wanted = " and ".join(f"--{name} {value}" for name, value in (("device", device), ("commit", commit)) if value)
+        there = "; ".join(found.left_out) or "none"
+        raise SweepError(f"no records below {root} fit {wanted}; there are: {there}")
     recommendation = recommend(found)
     document = document_of(found, recommendation)
     if markdown is not None:

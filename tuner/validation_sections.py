@@ -26,8 +26,7 @@ def environment_section(found: Validation) -> Section:
     """Device, driver, clocks, power, versions, flags, and the runs."""
     environments = found.environments
     if not environments:
-        how = f"{HOW['decode']} (then {HOW['compare']}, {HOW['training']})"
-        return Section(key="environment", title="Environment", summary="no records", missing=how)
+        return Section(key="environment", title="Environment", summary="no records", missing=HOW["decode"])
     last = environments[-1]
     facts = [
         ("device", f"{last.device['name']}, {last.device['units']} {units(last)}"), *joined(environments, "software"),

@@ -397,7 +397,19 @@ def test_an_empty_folder_says_what_to_run(tmp_path: Path) -> None:
     assert shown.startswith(f"UNDECIDED  no records below {tmp_path}")
     for how in ("nsa-tune compare main", "nsa-tune sweep quick", "python examples/train.py", "nsa-tune history"):
         assert how in shown
+    for how in re.findall("run '([^']*)'", shown):
+        assert re.fullmatch(r"(nsa-tune|python) [\w./ ]+", how)  # one command, as it is typed
     as_html(document_of(found, recommend(found)))
+
+
+@pytest.mark.parametrize("wrong", [("--device", "h2000"), ("--commit", "zzzz")])
+def test_a_device_or_commit_that_nothing_was_recorded_of_is_a_usage_error_that_says_what_there_is(
+    tmp_path: Path, wrong: tuple[str, str]
+) -> None:
+    write_good(tmp_path)
+    done = CliRunner().invoke(app, ["report", "--records", str(tmp_path), *wrong])
+    assert done.exit_code == 2
+    assert f"fit {wrong[0]} {wrong[1]}; there are: runs o" in done.stderr
 
 
 def test_the_command_writes_both_forms_and_exits_by_its_recommendation(tmp_path: Path) -> None:
