@@ -116,6 +116,7 @@ class RunFolder:
         self.path = path
         self.environment_file = path / "environment.json"
         self.trials_file = path / "trials.jsonl"
+        self.ledger_file = path / "optuna.journal"
         self.done_file = path / "complete"
 
     def hold(self) -> bool:
@@ -168,11 +169,29 @@ class RunFolder:
         return records, f"dropped a half-written line of {len(rest)} bytes" if rest else ""
 
     def repair(self) -> str:
-        """Cut a half-written last line off the file; say so."""
+        """Cut a half-written last line off the records, and the ledger where a full disk tore it; say so."""
         records, word = self.records()
         if word:
             write_whole(self.trials_file, b"".join(msgspec.json.encode(record) + b"\n" for record in records))
-        return word
+        return "; ".join(filter(None, (word, self._repair_ledger())))
+
+    def _repair_ledger(self) -> str:
+        """Optuna appends behind a line that a full disk cut short, and can read neither then. What is cut off is
+        proposed again; what was measured of it stands in the records."""
+        data = self.ledger_file.read_bytes() if self.ledger_file.exists() else b""
+        whole = 0
+        for line in data.splitlines(keepends=True):
+            try:
+                msgspec.json.decode(line)
+            except msgspec.DecodeError:
+                break
+            if not line.endswith(b"\n"):
+                break
+            whole += len(line)
+        if whole == len(data):
+            return ""
+        write_whole(self.ledger_file, data[:whole])
+        return f"cut {len(data) - whole} unreadable bytes off the ledger"
 
     def finish(self) -> None:
         """Mark the run complete."""

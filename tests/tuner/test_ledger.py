@@ -1,5 +1,6 @@
 """Claims about the ledger: small spaces are enumerated, large ones searched without duplicates, kills survived."""
 
+import json
 import math
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from optuna.trial import TrialState
 
 from nsa.paths import Parameter
 from tuner.ledger import ENUMERATE_AT_MOST, PER_GENERATION, PRUNE_ABOVE, Ledger, Space, candidates_of, size_of
+from tuner.record import RunFolder
 
 SMALL: Space = {
     "dense": (Parameter("query_chunk", (0, 64, 256), 64),),
@@ -150,6 +152,17 @@ def test_after_a_kill_a_large_space_goes_on_without_what_was_proposed(tmp_path: 
     seen = names(before) + names(before, 1)
     after = Ledger("large", LARGE, journal(tmp_path), seed=0)
     assert not set(names(after, 1)) & set(seen)
+
+
+def test_a_ledger_that_a_full_disk_tore_is_opened_again_after_repair_and_proposes_everything(tmp_path: Path) -> None:
+    seen = names(Ledger("small", SMALL, journal(tmp_path), seed=0))
+    file = tmp_path / "optuna.journal"
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join([*lines[:-2], lines[-2][:20], lines[-1]]))
+    with pytest.raises(json.JSONDecodeError):
+        Ledger("small", SMALL, journal(tmp_path), seed=0)
+    assert RunFolder(tmp_path).repair().startswith("cut ")
+    assert names(Ledger("small", SMALL, journal(tmp_path), seed=0)) == seen
 
 
 def test_two_families_share_a_storage_and_no_trials(tmp_path: Path) -> None:

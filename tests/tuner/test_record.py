@@ -96,6 +96,19 @@ def test_a_first_line_that_is_half_written_leaves_no_record(folder: RunFolder) -
     assert folder.trials_file.read_bytes() == b""
 
 
+@pytest.mark.parametrize("after", [b"", b'{"op_code":1}\n'], ids=["at the end", "appended to"])
+def test_a_ledger_that_a_full_disk_tore_is_cut_where_it_is_whole_and_a_whole_one_is_left(
+    folder: RunFolder, after: bytes
+) -> None:
+    whole = b'{"op_code":0}\n{"op_code":4}\n'
+    folder.ledger_file.write_bytes(whole)
+    assert (folder.repair(), folder.ledger_file.read_bytes()) == ("", whole)
+    torn = b'{"op_code":4,"tri' + after
+    folder.ledger_file.write_bytes(whole + torn)
+    assert folder.repair() == f"cut {len(torn)} unreadable bytes off the ledger"
+    assert folder.ledger_file.read_bytes() == whole
+
+
 @pytest.mark.parametrize("line", [b"{", b"\x00\x00", b"[]", b'{"run_id":"run"}'])
 def test_a_corrupt_line_in_the_middle_is_an_error_naming_file_and_line(folder: RunFolder, line: bytes) -> None:
     first, second = folder.trials_file.read_bytes().splitlines()
