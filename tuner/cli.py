@@ -74,7 +74,7 @@ def sweep(
             figures=figures, storage=storage, device=device, commit=commit or current_commit(), registry=registry,
             json=json,
         )  # fmt: skip
-        (sweep_command.plan if dry_run else sweep_command.sweep)(options)
+        raise typer.Exit((sweep_command.plan if dry_run else sweep_command.sweep)(options))
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import Any
 
@@ -26,14 +27,18 @@ def results_console() -> Console:
 
 
 def read_registry(registry: str) -> dict[str, SelectionPath]:
-    """The PATHS at ``module:NAME``. Raises SweepError."""
+    """The PATHS at ``module:NAME``; the module may lie in the folder that one is in. Raises SweepError."""
     module, _, name = registry.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # workers inherit it
     try:
         found: dict[str, SelectionPath] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise SweepError(f"--registry {registry!r}: {error}; expected module:NAME of a dict of paths") from error
     if not isinstance(found, dict):
         raise SweepError(f"--registry {registry!r} is a {type(found).__name__}, expected a dict of paths")
+    if foreign := [key for key, path in found.items() if not isinstance(path, SelectionPath)]:
+        raise SweepError(f"--registry {registry!r}: {foreign} are no SelectionPath, as PATHS of nsa.paths holds them")
     return found
 
 

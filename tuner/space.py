@@ -42,7 +42,7 @@ def space_of(
         path = paths[name]
         if problem.operation not in path.operations:
             continue
-        reason = path.unsupported_reason(problem, target, path.defaults(problem, target))
+        reason = unsupported_at_defaults(path, problem, target)
         if reason is None and path.slow_to_build and target.type == "cpu" and not effort.slow_builds:
             reason = "takes tens of seconds to compile on a CPU; run with --effort full"
         if reason is not None:
@@ -52,6 +52,13 @@ def space_of(
         items = [item for item in path.tunables(problem, target) if not item.reserve]
         space[name] = tuple(narrowed(item, ladders.get(item.name)) for item in items)
     return space, left_out
+
+
+def unsupported_at_defaults(path: SelectionPath, problem: SelectionProblem, device: torch.device) -> str | None:
+    """Why a path cannot run a problem on a device, or nothing can; None if it can."""
+    if problem.execution == "graph" and device.type == "cpu":
+        return "execution graph replays a CUDA graph, which needs a GPU"
+    return path.unsupported_reason(problem, device, path.defaults(problem, device))
 
 
 def narrowed(item: Parameter, ladder: tuple[Value, ...] | None) -> Parameter:
@@ -69,7 +76,7 @@ def reserve_rungs(path: SelectionPath, problem: SelectionProblem, device: torch.
         return []
     items = [item for item in path.tunables(problem, device) if item.reserve]
     defaults = path.defaults(problem, device)
-    if not items or path.unsupported_reason(problem, device, defaults):
+    if not items or unsupported_at_defaults(path, problem, device):
         return []
     rungs = range(max(len(item.ladder) for item in items))
     chosen = ({item.name: item.ladder[min(rung, len(item.ladder) - 1)] for item in items} for rung in rungs)

@@ -18,10 +18,10 @@ from tuner import report
 from tuner.console import choose_device, emit, plain_console, read_registry, results_console, seconds
 from tuner.layer_search import LayerSearch
 from tuner.ledger import size_of
-from tuner.record import DEFAULT_REGISTRY, RunFolder
+from tuner.record import DEFAULT_REGISTRY, RecordError, RunFolder
 from tuner.search import Search
 from tuner.space import EFFORTS, space_of
-from tuner.sweep import SweepDefinition, SweepError, families, read_sweep
+from tuner.sweep import ALL_PATHS, SweepDefinition, SweepError, families, read_sweep
 from tuner.table import entries_of, write_table
 
 
@@ -42,8 +42,8 @@ class SweepOptions(msgspec.Struct, frozen=True, kw_only=True):
     json: bool
 
 
-def sweep(options: SweepOptions) -> None:
-    """Run a sweep, write the table, draw the figures, and say what the runtime will now do."""
+def sweep(options: SweepOptions) -> int:
+    """Run a sweep, write the table, draw the figures, and say what the runtime will now do. 1 if nothing was timed."""
     definition, device, paths = resolve(options)
     errors, out = plain_console(stderr=True), results_console()
     with report.LiveProgress(errors) as listener:
@@ -55,8 +55,10 @@ def sweep(options: SweepOptions) -> None:
         )  # fmt: skip
         folder = search.run()
     kind = torch.device(device).type
-    tables = write_tables(options, folder, kind, errors)
     records, _ = folder.records()
+    if not options.json:
+        out.print(report.outcome_table(records))
+    tables = write_tables(options, folder, kind, errors)
     entries = [entry for entry in tables[0][1].entries if entry.run_id == folder.path.name] if tables else []
     figures = drawn(folder, entries) if options.figures else []
     if options.json:
@@ -69,7 +71,6 @@ def sweep(options: SweepOptions) -> None:
             }
         )
     else:
-        out.print(report.outcome_table(records))
         if options.registry != DEFAULT_REGISTRY:
             out.print(report.leaderboards(records))
         if entries:
@@ -81,7 +82,11 @@ def sweep(options: SweepOptions) -> None:
         errors.print(f"figures  {folder.path / 'figures'}")
     for path, table in tables:
         errors.print(f"table    {path} ({report.table_summary(table)})")
+    if not any(record.outcome == "ok" for record in records):
+        errors.print("failed   no candidate was proven and timed; 'What ran' says why not")
+        return 1
     errors.print("next     nsa-tune show    nsa-tune doctor    nsa-tune plot    (in Python: nsa.selection_attention)")
+    return 0
 
 
 def drawn(folder: RunFolder, entries: list[DispatchEntry]) -> list[Path]:
@@ -106,8 +111,12 @@ def write_tables(
         targets.append(options.out / "dispatch_tables" / f"{slug}.json")
     written = []
     for path in targets:
-        set_aside(path, errors)
-        table, word = write_table(path, folder, keep=True)
+        try:
+            set_aside(path, errors)
+            table, word = write_table(path, folder, keep=True)
+        except OSError as error:
+            how = f"the run is whole: 'nsa-tune export {folder.path} --to FILE' writes its table elsewhere"
+            raise RecordError(f"cannot write the table {path}: {error.strerror}; {how}") from error
         if word:
             errors.print(word)
         written.append((path, table))
@@ -126,8 +135,8 @@ def set_aside(path: Path, errors: Console) -> None:
         errors.print(f"moved {path} to {aside}: {error}")
 
 
-def plan(options: SweepOptions) -> None:
-    """Print what a sweep would measure."""
+def plan(options: SweepOptions) -> int:
+    """Print what a sweep would measure. 0."""
     definition, device, paths = resolve(options)
     effort, target = EFFORTS[options.effort], torch.device(device)
     rows: list[dict[str, Any]] = []
@@ -144,7 +153,7 @@ def plan(options: SweepOptions) -> None:
         rows.append({"family": family.name, "contexts": contexts, "candidates": candidates, "left_out": left_out})
     if options.json:
         emit({"sweep": definition.name, "device": device, "budget_s": definition.budget_s, "families": rows})
-        return
+        return 0
     out = plain_console()
     out.print(
         f"{definition.name}: {definition.description}; {definition.budget_s:.0f} s on {device}, {effort.pairs} pairs"
@@ -153,6 +162,7 @@ def plan(options: SweepOptions) -> None:
         out.print(f"  {row['family']}: contexts {row['contexts']}, {row['candidates']} candidates each")
         for name, reason in row["left_out"].items():
             out.print(f"    without {name}: {reason}")
+    return 0
 
 
 def resolve(options: SweepOptions) -> tuple[SweepDefinition, str, dict[str, SelectionPath]]:
@@ -163,6 +173,9 @@ def resolve(options: SweepOptions) -> tuple[SweepDefinition, str, dict[str, Sele
     if options.budget is not None:
         definition = msgspec.structs.replace(definition, budget_s=seconds(options.budget))
     paths = read_registry(options.registry)
+    if options.registry != DEFAULT_REGISTRY and definition.paths == ALL_PATHS:  # the sweep names none
+        ladders = {name: ladder for name, ladder in definition.ladders.items() if name in paths}
+        definition = msgspec.structs.replace(definition, paths=tuple(paths), ladders=ladders)
     unknown = sorted(set(definition.paths) - set(paths))
     if unknown:
         raise SweepError(f"sweep {definition.name!r} names unknown paths {unknown}; expected some of {sorted(paths)}")

@@ -233,6 +233,51 @@ def test_a_dry_run_says_what_would_be_measured_and_writes_nothing(file: str, tmp
     assert not user_table_path(device_identity("cpu")).exists()
 
 
+def test_a_sweep_of_which_nothing_can_be_timed_fails_and_says_so(file: str, tmp_path: Path) -> None:
+    words = ("--set", "execution=graph", "--device", "cpu", "--out", str(tmp_path / "out"), "--no-figures")
+    shown = command("sweep", file, *words)
+    assert shown.exit_code == 1
+    assert "no candidate was proven and timed" in shown.stderr
+    assert "crash" not in shown.output
+    assert "unsupported: execution graph replays a CUDA graph" in " ".join(shown.stdout.split())
+    assert not user_table_path(device_identity("cpu")).exists()
+
+
+def test_a_table_that_cannot_be_written_leaves_the_run_shown_and_names_the_command_that_writes_it(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "full").touch()
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "full"))
+    shown = command("sweep", file, "--device", "cpu", "--set", "contexts=32", "--out", str(tmp_path), "--no-figures")
+    assert shown.exit_code == 1
+    assert "proven and timed" in shown.stdout
+    (run,) = (tmp_path / "records").glob("*/*/*")
+    last = shown.stderr.splitlines()[-1]
+    assert last.startswith("nsa-tune: cannot write the table ")
+    assert f"'nsa-tune export {run} --to FILE'" in last
+    assert command("export", str(run), "--to", str(tmp_path / "table.json")).exit_code == 0
+
+
+def test_a_registry_in_the_folder_one_is_in_is_swept_whole_and_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_paths.py").write_text(
+        "import msgspec\nfrom nsa.paths import PATHS as ALL\n"
+        "PATHS = {'mine': msgspec.structs.replace(ALL['dense'], name='mine'), 'gather': ALL['gather']}\n"
+        "WRONG = {'mine': 'nsa.paths.dense'}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    words = ("sweep", "--dry-run", "--device", "cpu", "--json", "--set", "modes=decode", "--registry")
+    shown = command(*words, "own_paths:PATHS")
+    assert shown.exit_code == 0, shown.stderr
+    (family,) = json.loads(shown.stdout)["families"]
+    assert (family["candidates"], family["left_out"]) == (2, {})
+    shown = command(*words, "own_paths:WRONG")
+    assert shown.exit_code == 2
+    assert "['mine'] are no SelectionPath" in shown.stderr
+
+
 def test_a_dry_run_of_the_default_sweep_names_who_is_left_out_and_why() -> None:
     shown = command("sweep", "--dry-run", "--device", "cpu")
     assert shown.exit_code == 0

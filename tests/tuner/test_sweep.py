@@ -302,3 +302,8 @@ def test_a_time_is_read_in_seconds(text: str, value: float) -> None:
 def test_what_is_no_time_is_refused(text: str) -> None:
     with pytest.raises(SweepError, match="expected a time such as 90s, 10m or 1h"):
         seconds(text)
+
+
+def test_a_sweep_that_names_no_paths_tries_every_path_that_a_table_may_name() -> None:
+    dispatchable = {name for name, path in PATHS.items() if path.dispatchable}
+    assert set(read_sweep("quick").paths) == dispatchable
