@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 regression, 4 undecided.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 OutOption = Annotated[Path, typer.Option(help="Folder that receives the records.")]
 CommitOption = Annotated[str, typer.Option(help="Commit to record where no git repository is at hand.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+GOES_ON = "a sweep, compare or history goes on where it was when the same command is given again"
 
 
 @contextmanager
@@ -47,8 +49,20 @@ def clear_errors() -> Iterator[None]:
         typer.echo(f"nsa-tune: {error}", err=True)
         raise typer.Exit(2) from error
     except (NSAError, RecordError, OSError) as error:
-        typer.echo(f"nsa-tune: {error}", err=True)
+        typer.echo(f"nsa-tune: {in_words(error)}", err=True)
         raise typer.Exit(1) from error
+    except KeyboardInterrupt as error:
+        typer.echo(f"nsa-tune: stopped; {GOES_ON}", err=True)
+        raise typer.Exit(130) from error
+
+
+def in_words(error: Exception) -> str:
+    """What happened, to which file; after a full disk, what to do."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    where = f": {error.filename}" if error.filename else ""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return f"{error.strerror}{where}" + (f"; make room, then {GOES_ON}" if full else "")
 
 
 def options_of(

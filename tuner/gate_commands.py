@@ -24,6 +24,7 @@ from tuner.console import choose_device, plain_console, seconds
 from tuner.history import HistoryResult, read_history
 from tuner.history import history as walk
 from tuner.marks import points_of
+from tuner.record import write_whole
 from tuner.sweep import SweepError, read_sweep
 from tuner.trees import Tree, open_trees
 
@@ -84,10 +85,10 @@ def compare(base: str, head: str | None, options: GateOptions, *, markdown: Path
     with open_trees(base, head, repository=options.repository) as (before, after), Progress() as listener:
         question = Question(base=before, head=after, scenarios=scenarios, **settings)
         result = Comparing(question, out=options.out, listener=listener, tool_commit=options.commit).run()
-    if markdown is not None:
-        markdown.write_text(compare_report.as_markdown(result))
     say(compare_report.as_json(result).decode() if options.json else compare_report.as_text(result))
     print(f"records  {result.run}", file=sys.stderr)
+    if markdown is not None:
+        write_whole(markdown, compare_report.as_markdown(result).encode())
     return compare_report.exit_code(result)
 
 

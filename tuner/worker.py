@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import resource
 import signal
@@ -169,7 +170,12 @@ class Worker:
         self.process = context.Process(
             target=serve, args=(theirs, device, memory_limit_bytes, str(self.log)), daemon=True
         )
-        self.process.start()
+        multiprocessing.resource_tracker.ensure_running()  # which would unblock the signal, were it started below
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+        try:
+            self.process.start()  # born deaf to Ctrl-C, which ends the tool: imports take seconds before serve()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         theirs.close()
         self.doing = "starting"
 

@@ -1,5 +1,6 @@
 """Claims about the command line: results on stdout, words on stderr, exit codes, and a runtime that takes its table."""
 
+import errno
 import json
 import os
 import subprocess
@@ -15,7 +16,10 @@ from typer.testing import CliRunner
 from nsa.device import device_identity
 from nsa.dispatch_table import DispatchTable, read_dispatch_table, user_table_path
 from nsa.paths import PATHS
+from tuner import gate_commands, sweep_command
 from tuner.cli import app
+from tuner.compare_record import Question
+from tuner.judge import CompareResult, judge
 from tuner.record import RunFolder
 
 ROOT = Path(__file__).parents[2]
@@ -349,6 +353,53 @@ def test_what_went_wrong_is_exit_1_with_one_line_on_stderr(tmp_path: Path) -> No
         assert name in shown.stderr
         assert len(shown.stderr.splitlines()) == 1
         assert shown.stdout == ""
+
+
+class Unpaired:
+    """Stands where a comparison does, and finds no pairs."""
+
+    def __init__(self, question: Question, **_: Any) -> None:
+        self.question = question
+
+    def run(self) -> CompareResult:
+        """A result."""
+        return judge(self.question, [], run="the run")
+
+
+def test_a_comparison_is_told_before_its_comment_is_written_and_makes_the_comments_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate_commands, "Comparing", Unpaired)
+    (tmp_path / "file").touch()
+    words = ("compare", str(ROOT), str(ROOT), "--set", "contexts=512", "--markdown")
+    shown = command(*words, str(tmp_path / "file" / "comment.md"))
+    assert shown.exit_code == 1
+    assert shown.stdout.startswith("UNDECIDED")
+    assert "records  the run" in shown.stderr
+    assert shown.stderr.splitlines()[-1].endswith(f": {tmp_path / 'file'}")
+    comment = tmp_path / "new" / "comment.md"
+    assert command(*words, str(comment)).exit_code == 4
+    assert comment.read_text().startswith("### nsa-tune: UNDECIDED")
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "stopped; a sweep, compare or history goes on where it was when"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "No space left on device; make room, then a sweep"),
+        (OSError(errno.EACCES, "Permission denied", "/there"), 1, "Permission denied: /there"),
+    ],
+)
+def test_what_stops_a_command_from_outside_is_told_in_one_line_with_what_to_do(
+    raised: BaseException, code: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(_: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr(sweep_command, "sweep", stopped)
+    shown = command("sweep")
+    assert (shown.exit_code, shown.stdout, len(shown.stderr.splitlines())) == (code, "", 1)
+    assert shown.stderr.startswith(f"nsa-tune: {said}")
 
 
 # Help

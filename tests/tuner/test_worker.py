@@ -478,3 +478,14 @@ def test_a_proof_gives_its_memory_back_before_another_worker_builds_what_it_prov
     worker_process.serve(Pipe(), "cpu", 0, str(tmp_path / "log"))  # type: ignore[arg-type]
     proofs = ["assess", "release", "raised", "assess", "release", "answer"]
     assert happened == ["release", "answer", *proofs, "build", "answer"]
+
+
+def test_a_worker_is_deaf_to_ctrl_c_from_its_first_import_on_and_the_tool_is_not() -> None:
+    worker = Worker("cpu")
+    try:
+        status = Path(f"/proc/{worker.process.pid}/status").read_text()
+        (mask,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigBlk:"))
+        assert int(mask, 16) >> (signal.SIGINT - 1) & 1
+    finally:
+        worker.close()
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
