@@ -22,7 +22,7 @@ from tuner.record import DEFAULT_REGISTRY, RunFolder, run_folders, write_whole
 from tuner.regret import mean_regrets, regrets
 from tuner.sweep import SweepError
 from tuner.table import entries_of, write_table
-from tuner.table_page import page
+from tuner.table_page import NOT_HERE, page
 
 PR31: dict[Operation, dict[str, Any]] = {
     "selection": {"block_size": 64, "topk": 16},
@@ -39,8 +39,12 @@ def show(path: Path | None, *, markdown: Path | None, records: Path, json: bool)
     """Print a table with its evidence, or write it as a page."""
     table = read_dispatch_table(path) if path else load_dispatch_table()
     if markdown:
-        write_whole(markdown, page(table, records).encode())
+        text = page(table, records)
+        write_whole(markdown, text.encode())
         print(markdown)
+        if missing := text.count(NOT_HERE):
+            where = f"records of {missing} runs are not below {records}: name their folder with --records"
+            print(f"{where}; how many calls their graphs held is not known", file=sys.stderr)
         return
     if json:
         sys.stdout.buffer.write(table.encode())

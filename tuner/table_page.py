@@ -21,6 +21,8 @@ EXPLANATION = (
     "are complete)."
 )
 
+NOT_HERE = "its records are not here"
+
 
 def page(table: DispatchTable, records: Path) -> str:
     """The page. ``records``: folder in which the runs of the entries are looked for."""
@@ -45,7 +47,7 @@ def page(table: DispatchTable, records: Path) -> str:
     lines += ["## Runs", "", "| run | command | commit | device, power limit, SM clock at most |", "|---|---|---|---|"]
     for run_id in dict.fromkeys(entry.run_id for entry in table.entries):
         found = runs.get(run_id, [])  # two where, before ids were random, machines began in the same second
-        lines += [run_line(folder) for folder in found] or [f"| {run_id} | its records are not here | | |"]
+        lines += [run_line(folder) for folder in found] or [f"| {run_id} | {NOT_HERE} | | |"]
     return "\n".join(lines) + "\n"
 
 
@@ -65,7 +67,8 @@ def call(entry: DispatchEntry, environments: Mapping[str, Environment]) -> str:
     words = [entry.mode + (f" B{entry.B}" if entry.B > 1 or entry.mode == "decode" else "")]
     if entry.mode == "decode":
         made = environments.get(entry.run_id)
-        words.append(made.execution_words(entry.mode, entry.execution) if made else entry.execution)
+        unknown = entry.execution + (" of calls not known" if entry.execution == "graph" else "")
+        words.append(made.execution_words(entry.mode, entry.execution) if made else unknown)
     if entry.operation == "selection" and entry.mode != "decode":
         words.append(entry.pattern + (", complete" if entry.complete else ""))
     if entry.level == "layer":

@@ -4,11 +4,13 @@ import io
 import re
 from pathlib import Path
 
+import msgspec
 import pytest
 from rich.console import Console
 
 from nsa.dispatch_table import read_dispatch_table
 from tests.tuner.test_plot import record
+from tests.tuner.validated import environment
 from tuner import report
 from tuner.console import plain_console, results_console
 from tuner.gate_commands import Progress
@@ -54,6 +56,27 @@ def test_the_table_that_the_readme_shows_is_what_show_prints_of_that_run() -> No
     lines = "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
     (block,) = re.findall(r"```\n(64/4 heads .*?)```", text, re.DOTALL)
     assert block in lines
+
+
+def test_rows_stand_by_mode_batch_and_context_whichever_run_came_last() -> None:
+    table = read_dispatch_table(TABLES[0])
+    one = next(entry for entry in table.entries if entry.mode == "prefill")
+    entries = [msgspec.structs.replace(one, T=context) for context in (2048, 512, 1024)]
+    console = plain_console(soft_wrap=False, width=130)
+    console.file = io.StringIO()
+    console.print(report.evidence_tables(entries, "cuda", 130))
+    assert re.findall(r"^prefill +(\d+)", console.file.getvalue(), re.MULTILINE) == ["512", "1024", "2048"]
+
+
+@pytest.mark.parametrize(("known", "busy"), [("1.00", True), ("1.04", True), ("", False)])
+def test_a_timer_that_misreads_any_known_ratio_is_told(known: str, busy: bool) -> None:
+    read = {f"{ratio} reads": float(ratio) * (0.8 if ratio == known else 1.001) for ratio in report.KNOWN}
+    console = plain_console()
+    console.file = io.StringIO()
+    report.LiveProgress(console).started(
+        msgspec.structs.replace(environment("run", {"name": "x"}), timer=read), 1, 0, ""
+    )
+    assert ("this machine is busy" in console.file.getvalue()) == busy
 
 
 @pytest.mark.parametrize("file", TABLES, ids=lambda file: file.stem)

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from typer.testing import CliRunner
 
 from nsa.dispatch_table import DispatchTable, read_dispatch_table
+from tuner.cli import app
 from tuner.record import RunFolder, run_folders
 from tuner.table_page import page
 
@@ -49,6 +51,18 @@ def test_picks_timed_by_graphs_of_another_number_of_calls_stand_in_a_row_of_thei
     text = page(DispatchTable(device=table.device, software=table.software, entries=entries), tmp_path)
     rows = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| decode")]
     assert rows == [f"| decode B{entry.B}, graph", f"| decode B{entry.B}, graph of 8 calls"]
+
+
+def test_a_graph_whose_run_is_not_at_hand_shares_no_row_with_others_and_show_says_which_folder_to_name(
+    tmp_path: Path,
+) -> None:
+    file, out = TABLES[0], tmp_path / "page.md"
+    shown = CliRunner().invoke(app, ["show", str(file), "--markdown", str(out), "--records", str(tmp_path)])
+    assert shown.exit_code == 0
+    assert "| decode B8, graph of calls not known |" in out.read_text()
+    assert "| decode B8, graph |" not in out.read_text()
+    runs = {entry.run_id for entry in read_dispatch_table(file).entries}
+    assert f"records of {len(runs)} runs are not below {tmp_path}: name their folder with --records" in shown.stderr
 
 
 def test_a_pick_that_is_not_certified_says_so(tmp_path: Path) -> None:
