@@ -12,6 +12,7 @@ requested go to results/records/, from which ``nsa-tune report`` reads them.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nsa import NSAAttention, NSAConfig
+from nsa import PATHS, NSAAttention, NSAConfig
+from nsa.errors import NSAError
 from nsa.flags import Flags, read_flags
 from tuner.training import TrainingLog, requested_by
 from tuner.training_record import TrainingSetup
@@ -184,23 +186,43 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="small")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, help="instead of the preset's")
-    parser.add_argument("--batch", type=int, help="sequences a step, instead of the preset's")
+    parser.add_argument("--steps", type=count, help="instead of the preset's")
+    parser.add_argument("--batch", type=count, help="sequences a step, instead of the preset's")
+    paths = [name for name, path in PATHS.items() if "selection" in path.operations]
     parser.add_argument(
-        "--path", help="force this selection path; auto: the dispatch table's; default: the flags', else the preset's"
-    )
+        "--path", choices=["auto", *paths], metavar="PATH",
+        help="force this selection path; auto: the dispatch table's; default: the flags', else the preset's",
+    )  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks and the loss")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder that receives records/")
     parser.add_argument("--commit", default="", help="commit to record where no git repository is at hand")
     asked = parser.parse_args()
+    kind = asked.device.partition(":")[0]
+    if kind not in ("cpu", "cuda"):
+        parser.error(f"--device {asked.device}: expected cpu or cuda")
+    if kind == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device {asked.device}: torch sees no GPU here; use --device cpu")
+    try:
+        print(f"records {run(asked)}; nsa-tune report shows them")
+    except (NSAError, OSError) as error:
+        sys.exit(f"train.py: {error}")
+
+
+def count(text: str) -> int:
+    """A number of things, at least one."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, at least 1")
+    return int(text)
+
+
+def run(asked: argparse.Namespace) -> Path:
+    """What the command line asks for; returns the run's folder."""
     changes = {name: getattr(asked, name) for name in ("steps", "batch") if getattr(asked, name)}
     preset, flags = replace(PRESETS[asked.preset], **changes), read_flags()
     path = asked.path or flags.path or preset.path
     flags = msgspec.structs.replace(flags, path=None if path == "auto" else path)
-    folder = train(
-        asked.preset, preset, torch.device(asked.device), flags, asked.out, compiled=asked.compile, commit=asked.commit
-    )
-    print(f"records {folder}; nsa-tune report shows them")
+    device = torch.device(asked.device)
+    return train(asked.preset, preset, device, flags, asked.out, compiled=asked.compile, commit=asked.commit)
 
 
 if __name__ == "__main__":

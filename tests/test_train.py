@@ -172,6 +172,42 @@ def test_flags_say_what_is_requested_and_a_route_against_them_is_not_met() -> No
     assert met("compression", "flash_attn", flags)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--steps", "0"), "'0': expected a whole number, at least 1"),
+        (("--batch", "-3"), "'-3': expected a whole number, at least 1"),
+        (("--path", "varlenn"), "invalid choice: 'varlenn'"),
+        (("--path", "sdpa_window"), "invalid choice: 'sdpa_window'"),
+        (("--device", "tpu"), "--device tpu: expected cpu or cuda"),
+        (("--device", "cuda:9"), "--device cuda:9: torch sees no GPU here; use --device cpu"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_a_usage_error_and_leaves_no_record(
+    example: ModuleType, words: tuple[str, str], said: str, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path), *words])
+    with pytest.raises(SystemExit) as ended:
+        example.main()
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_flag_or_a_path_that_this_machine_refuses_ends_in_one_line(
+    example: ModuleType, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "--device", "cpu", "--path", "flex", "--out", str(tmp_path)])
+    monkeypatch.setenv("NSA_VARLEN_RESERVE_N", "many")
+    with pytest.raises(SystemExit, match=r"^train\.py: NSA_VARLEN_RESERVE_N is 'many', expected a decimal number"):
+        example.main()
+    monkeypatch.delenv("NSA_VARLEN_RESERVE_N")
+    monkeypatch.setitem(example.PRESETS, "small", tiny(example))
+    with pytest.raises(SystemExit, match=r"^train\.py: unsupported: "):
+        example.main()
+
+
 @pytest.mark.slow
 def test_the_command_trains_in_a_minute_and_prints_what_it_reached(tmp_path: Path) -> None:
     words = [sys.executable, str(ROOT / "examples" / "train.py"), "--steps", "12", "--out", str(tmp_path)]
