@@ -1,7 +1,7 @@
 """The ``nsa-tune`` command line: where configuration enters. Results on stdout, progress and advice on stderr.
 
-Exit codes: 0 done, 1 failed, 2 usage, 3 regression, 4 undecided. Every command imports what it needs when it runs, so
-that ``--help`` answers at once.
+Exit codes: 0 done, 1 failed, 2 usage, 3 regression, 4 undecided, 130 stopped by Ctrl-C. Every command imports what it
+needs when it runs, so that ``--help`` answers at once.
 """
 
 from __future__ import annotations

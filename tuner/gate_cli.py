@@ -1,6 +1,6 @@
 """The gate's commands on the command line: compare, history, bisect, selftest. Mounted by ``tuner.cli``.
 
-Exit codes: 0 done, 1 failed, 2 usage, 3 regression, 4 undecided.
+Exit codes: 0 done, 1 failed, 2 usage, 3 regression, 4 undecided, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations

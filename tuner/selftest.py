@@ -28,7 +28,7 @@ from tuner.trial import Timing
 from tuner.verdict import Comparison
 from tuner.worker import CandidateFailed, Worker, WorkerDied
 
-TIMER_ROUNDS = 60
+TIMER_ROUNDS, LAUNCHES = 60, 3
 KNOWN = {"1.00": 0.0, "1.01": 0.01, "1.04": 0.04}
 TIMER_WITHIN = 0.005
 """How far the timer's ratio may be from a known one."""
@@ -60,6 +60,11 @@ class SelfTest(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     @property
+    def enough_time(self) -> bool:
+        """Whether the budget sufficed to start the gate's process as often as it wants."""
+        return self.gate.launches >= LAUNCHES
+
+    @property
     def drill_right(self) -> bool:
         """Whether every broken path got its outcome."""
         return all(answer.got == answer.expected for answer in self.drill)
@@ -86,8 +91,9 @@ def selftest(
     """Run all three. ``budget_s`` is the gate's; timer and drill take a minute on a CPU."""
     tree = installed_tree()
     question = Question(
-        base=tree, head=tree, scenarios=decode_scenario(device), device=device, budget_s=budget_s, watch=watch
-    )
+        base=tree, head=tree, scenarios=decode_scenario(device), device=device, budget_s=budget_s, watch=watch,
+        launches=LAUNCHES,
+    )  # fmt: skip
     hire, tell = hire or hire_for(question), listener or Listener()
     tell.working("timer on known ratios", budget_s)
     timer = timer_test(hire)
@@ -176,7 +182,8 @@ def conclusion(found: SelfTest) -> list[str]:
         lines.append(f"CANNOT promise to detect less than {100 * least:.1f} % in that time; give it a larger --budget")
     else:
         why = found.gate.audit.reason or "too few pairs"
-        lines.append(f"CANNOT gate here and now: {why}; stop other work and try again")
+        advice = "stop other work and try again" if found.enough_time else "give it a larger --budget"
+        lines.append(f"CANNOT gate here and now: {why}; {advice}")
     if not found.timer_right:
         lines.append("CANNOT time to half a per cent: the timer misread work of known ratios")
     caught = sum(answer.got == answer.expected for answer in found.drill)

@@ -43,10 +43,11 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def run_selftest(out: Path, hire: Any = SelfTimed, watch: str = "Watch") -> selftest.SelfTest:
+def run_selftest(out: Path, hire: Any = SelfTimed, watch: str = "Watch", budget_s: float = 60.0) -> selftest.SelfTest:
     return selftest.selftest(
-        out=out, hire=hire, hire_limited=lambda _: LocalWorker(), clock=Clock(), watch=f"tests.tuner.scripted:{watch}"
-    )
+        out=out, hire=hire, hire_limited=lambda _: LocalWorker(), clock=Clock(), watch=f"tests.tuner.scripted:{watch}",
+        budget_s=budget_s,
+    )  # fmt: skip
 
 
 def test_a_machine_that_sees_and_a_drill_that_is_caught_pass(tmp_path: Path) -> None:
@@ -62,6 +63,14 @@ def test_a_biased_machine_cannot_gate_and_says_so(tmp_path: Path) -> None:
     found = run_selftest(tmp_path, watch="BiasedWatch")
     assert found.exit_code == 4
     assert "CANNOT gate here and now: the A/A lane alarms" in selftest.as_text(found)
+    assert "; stop other work and try again" in selftest.as_text(found)
+
+
+def test_a_budget_that_was_too_short_is_what_to_change(tmp_path: Path) -> None:
+    found = run_selftest(tmp_path, budget_s=0.2)
+    assert found.exit_code == 4
+    assert "of 3 launches: more time is needed; " in selftest.as_text(found)
+    assert "; give it a larger --budget" in selftest.as_text(found)
 
 
 def test_a_timer_that_misreads_known_work_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
