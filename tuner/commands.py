@@ -18,7 +18,7 @@ from nsa.planning import DEPLOYED_CACHE
 from nsa.problem import DType, Mode, Operation, SelectionProblem
 from tuner import report
 from tuner.console import choose_device, emit, plain_console, read_registry, results_console
-from tuner.record import DEFAULT_REGISTRY, RunFolder, run_folders, write_whole
+from tuner.record import DEFAULT_REGISTRY, RecordError, RunFolder, run_folders, write_whole
 from tuner.regret import mean_regrets, regrets
 from tuner.sweep import SweepError
 from tuner.table import entries_of, write_table
@@ -66,7 +66,10 @@ def show(path: Path | None, *, markdown: Path | None, records: Path, json: bool)
 def export(runs: Sequence[Path], to: Path) -> None:
     """Write a table from records."""
     for run in runs:
-        table, word = write_table(to, run_in(run), keep=True)
+        folder = run_in(run)
+        if not entries_of(folder.records()[0]):
+            raise RecordError(f"{run}: no problem of this run was timed to its end, so it has no entries to export")
+        table, word = write_table(to, folder, keep=True)
         if word:
             print(word, file=sys.stderr)
         print(f"{run.name}: {len(table.entries)} entries in {to}")
@@ -88,6 +91,8 @@ def regret(run: Path, path: Path | None, *, hold_out: bool, json: bool) -> None:
     if measured_on not in (None, table.device.slug):
         raise SweepError(f"the run is of {measured_on}, the table of {table.device.slug}; name one with --table")
     found = regrets(table, folder.records()[0], hold_out=hold_out)
+    if not found:
+        raise RecordError(f"{run}: no problem of this run was timed, so nothing can be said of it")
     if json:
         emit({"run": str(run), "means": mean_regrets(found), "problems": msgspec.to_builtins(found)})
         return

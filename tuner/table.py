@@ -152,11 +152,14 @@ def write_table(path: Path, folder: RunFolder, *, keep: bool) -> tuple[DispatchT
     """Write a run's entries to a table file; with ``keep``, next to the file's entries for other problems.
 
     Returns the table and a word on what was left out. Entries made by other software are not kept: their evidence does
-    not hold here. Raises DispatchTableError for an unreadable file, which is left as it was.
+    not hold here. Raises DispatchTableError for an unreadable file, which is left as it was, and RecordError.
     """
     environment, (records, _) = folder.environment(), folder.records()
-    device = msgspec.convert(environment.device, DeviceIdentity)
-    software = msgspec.convert(environment.software, SoftwareIdentity)
+    try:
+        device = msgspec.convert(environment.device, DeviceIdentity)
+        software = msgspec.convert(environment.software, SoftwareIdentity)
+    except msgspec.ValidationError as error:
+        raise RecordError(f"{folder.environment_file}: not an environment of a sweep: {error}") from error
     fresh = entries_of(records)
     kept, word = kept_entries(path, device, software, fresh) if keep and path.exists() else ([], "")
     table = DispatchTable(device=device, software=software, entries=(*kept, *fresh))
@@ -182,4 +185,20 @@ def kept_entries(
         return (msgspec.structs.replace(entry.problem(), complete=True), entry.run_id) in hinted
 
     kept = [entry for entry in old.entries if (entry.problem(), entry.level) not in measured and not outlived(entry)]
-    return kept, ""
+    return kept, weaker(old.entries, fresh)
+
+
+def weaker(old: Iterable[DispatchEntry], fresh: Iterable[DispatchEntry]) -> str:
+    """A word on certified picks in whose place a newer run, for want of time or quiet, puts a tie; '' without any."""
+    ties = {(entry.problem(), entry.level) for entry in fresh if not certified(entry)}
+    lost = [entry for entry in old if certified(entry) and (entry.problem(), entry.level) in ties]
+    if not lost:
+        return ""
+    picks = ", ".join(f"{entry.mode} B{entry.B} T={entry.T} {entry.path}" for entry in lost)
+    runs = ", ".join(dict.fromkeys(entry.run_id for entry in lost))
+    return f"certified before and a tie by this run: {picks}; sweep longer, or export {runs} again to have them back"
+
+
+def certified(entry: DispatchEntry) -> bool:
+    """Whether the pick is faster than what it is compared with, by its interval."""
+    return entry.ratio_high is not None and entry.ratio_high < 1

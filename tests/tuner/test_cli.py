@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -219,6 +220,17 @@ def test_plot_draws_a_runs_figures_where_it_is_told(swept: Swept, tmp_path: Path
         figures = [Path(line) for line in shown.stdout.split()]
         assert figures
         assert all(to in figure.parents and figure.stat().st_size > 0 for figure in figures)
+
+
+@pytest.mark.usefixtures("_users_table")
+def test_a_run_that_timed_nothing_gives_no_table_and_no_regret(swept: Swept, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(swept.shown["run"], tmp_path / "run"))
+    (run / "trials.jsonl").write_bytes(b"")
+    for words in (("export", str(run), "--to", str(tmp_path / "table.json")), ("regret", str(run))):
+        shown = command(*words)
+        assert (shown.exit_code, shown.stdout) == (1, "")
+        assert f"nsa-tune: {run}: no problem of this run was timed" in shown.stderr
+    assert not (tmp_path / "table.json").exists()
 
 
 # A dry run

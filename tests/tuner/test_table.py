@@ -13,8 +13,8 @@ from nsa.dispatch_entry import DispatchEntry
 from nsa.dispatch_table import DispatchTable, read_dispatch_table
 from nsa.errors import DispatchTableError
 from nsa.problem import SelectionProblem
-from tuner.record import Environment, Record, RunFolder, Sample, run_folders
-from tuner.table import entries_of, entry_of, write_table
+from tuner.record import Environment, Record, RecordError, RunFolder, Sample, run_folders
+from tuner.table import certified, entries_of, entry_of, write_table
 
 PARAMETERS = {
     "gather": {"row_chunk": 0},
@@ -222,6 +222,23 @@ def test_merging_keeps_other_problems_and_replaces_those_measured_now(tmp_path: 
         32: ("dense", "old-run"), 64: ("gather", "new-run"), 128: ("dense", "new-run")
     }  # fmt: skip
     assert read_dispatch_table(file).entries == table.entries
+
+
+def test_a_certified_pick_that_a_later_run_could_not_certify_is_named_with_its_run(tmp_path: Path) -> None:
+    file = tmp_path / "cpu.json"
+    write_table(file, run(tmp_path, [*pair(32, run_id="old-run"), *pair(64, run_id="old-run")]), keep=True)
+    table, word = write_table(file, run(tmp_path, [*pair(32, us=100.0), *pair(64)]), keep=True)
+    assert [certified(entry) for entry in sorted(table.entries, key=lambda entry: entry.T)] == [False, True]
+    assert word.startswith("certified before and a tie by this run: decode B1 T=32 dense; ")
+    assert "export old-run again" in word
+
+
+def test_an_environment_without_a_device_is_an_error_that_names_its_file(tmp_path: Path) -> None:
+    folder = run(tmp_path, pair(32))
+    whole = msgspec.json.decode(folder.environment_file.read_bytes())
+    folder.environment_file.write_bytes(msgspec.json.encode({**whole, "device": {}}))
+    with pytest.raises(RecordError, match=r"environment\.json: not an environment of a sweep: .*`slug`"):
+        write_table(tmp_path / "cpu.json", folder, keep=False)
 
 
 def test_without_keeping_only_this_runs_entries_are_written(tmp_path: Path) -> None:
