@@ -48,6 +48,11 @@ class CompareRun(msgspec.Struct, frozen=True, kw_only=True):
         base, head = self.result.base, self.result.head
         return (base.asked, base.digest) == (head.asked, head.digest)
 
+    @property
+    def trees(self) -> tuple[str, str]:
+        """The code that was compared."""
+        return self.result.base.digest, self.result.head.digest
+
 
 class TrainingRun(msgspec.Struct, frozen=True, kw_only=True):
     """A training run."""
@@ -66,7 +71,11 @@ class TrainingRun(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Validation(msgspec.Struct, frozen=True, kw_only=True):
-    """What is reported on: one device. ``records`` are those that count; ``left_out`` says what does not."""
+    """What is reported on: one device. ``records`` are those that count; ``left_out`` says what does not.
+
+    ``standing``: failures of the same commit in older runs, of candidates that the newer run did not try again.
+    ``rejected``: older comparisons of the same two trees that found a regression.
+    """
 
     root: str
     device: str = ""
@@ -74,6 +83,8 @@ class Validation(msgspec.Struct, frozen=True, kw_only=True):
     records: tuple[Record, ...] = ()
     training: tuple[TrainingRun, ...] = ()
     compare: CompareRun | None = None
+    standing: tuple[Record, ...] = ()
+    rejected: tuple[CompareRun, ...] = ()
     history: HistoryResult | None = None
     left_out: tuple[str, ...] = ()
 
@@ -127,9 +138,28 @@ def read_validation(root: Path, *, device: str = "", commit: str = "") -> Valida
         sweeps=tuple(run for run in sweeps if run.environment.run_id in ids),
         training=tuple({setup_key(run.setup): run for run in training}.values()),
         compare=compares[-1] if compares else None,
+        standing=standing_failures(sweeps, newest),
+        rejected=tuple(
+            run for run in compares[:-1] if run.trees == compares[-1].trees and run.result.verdict == "regressed"
+        ),
         history=max(ours, key=lambda found: found.lines[-1].date, default=None),
         left_out=tuple(dict.fromkeys([*left_out, *more, *still_more])),
     )  # fmt: skip
+
+
+def standing_failures(sweeps: list[SweepRun], newest: dict[tuple[Any, ...], SweepRun]) -> tuple[Record, ...]:
+    """A failure stands until the same code is measured again: a run without the candidate does not take it back."""
+    found: dict[tuple[Any, ...], Record] = {}
+    for run in sweeps:
+        for record in run.records:
+            found[(*record_key(record), record.candidate, record.commit)] = record
+    return tuple(
+        record
+        for key, record in found.items()
+        if record.outcome != "ok"
+        and (last := newest[key[:-2]]).environment.run_id != record.run_id
+        and last.environment.commit == record.commit
+    )
 
 
 def read_sweep_run(folder: Path) -> SweepRun:

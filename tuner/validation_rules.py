@@ -11,7 +11,9 @@ from typing import Literal
 
 import msgspec
 
+from tuner.compare_record import Facts
 from tuner.judge import CompareResult, ScenarioResult
+from tuner.record import Record
 from tuner.validation import TrainingRun, Validation, operation_of, short
 
 Word = Literal["merge", "do not merge", "undecided"]
@@ -31,8 +33,14 @@ RULES: dict[str, tuple[Word, str]] = {
     "history": ("do not merge", "the newest commit of the history is worse than its anchor"),
     "open": ("undecided", "a scenario is undecided, or the comparison's audit of itself failed"),
     "unproven": ("undecided", "something was timed that nobody saw execute or held against the oracle"),
-    "missing": ("undecided", "there is no comparison with base, or nothing of decode, prefill or training"),
-    "commits": ("undecided", "the evidence is of other commits than the one that the report is about"),
+    "missing": (
+        "undecided",
+        "there is no comparison with base, or nothing of decode, prefill or training, or a run did not reach its end",
+    ),
+    "commits": (
+        "undecided",
+        "the evidence is of other commits than the one that the report is about, or of uncommitted changes",
+    ),
 }
 """Rule -> what it recommends, and when. None of them applies: merge. A candidate that is unsupported or out of memory
 somewhere is a limit, shown and without a vote."""
@@ -88,7 +96,7 @@ def recommend(found: Validation) -> Recommendation:
 def failures(found: Validation) -> Iterable[Reason]:
     """Of the sweeps: each path's failures, one reason per path and outcome."""
     seen: dict[tuple[str, str, str], list[str]] = {}
-    for record in found.records:
+    for record in (*found.records, *found.standing):
         limit = record.outcome in ("unsupported", "oom") and not record.baseline
         if record.outcome == "ok" or limit:
             continue
@@ -105,6 +113,11 @@ def comparison(found: Validation) -> Iterable[Reason]:
     if found.compare is None:
         return
     result = found.compare.result
+    for run in found.rejected:
+        text = (
+            f"comparison {run.environment.run_id} of the same two trees found a regression, which no later one undoes"
+        )
+        yield Reason(rule="slower", text=text)
     for each in result.scenarios:
         if each.verdict in FAILED or each.verdict == "oom":
             yield Reason(rule="failed", text=f"{each.scenario}: {each.verdict}: {each.reason}")
@@ -143,6 +156,8 @@ def trained(run: TrainingRun) -> Iterable[Reason]:
             if not route.met:
                 text = f"{name}: {route.operation} was to be {route.requested}, {route.path} ran: {route.reason}"
                 yield Reason(rule="training", text=text)
+        if not record.executed and record.losses:
+            yield Reason(rule="unproven", text=f"{name}: nothing shows what ran from step {record.first_step} on")
     losses = losses_of(run)
     few = max(1, len(losses) // 5)
     if len(losses) >= LEAST_STEPS and not statistics.fmean(losses[-few:]) < losses[0]:
@@ -172,12 +187,24 @@ def unproven(found: Validation) -> Iterable[Reason]:
         if record.outcome == "ok" and record.samples and (record.oracle_error is None or not record.kernels):
             what = "was not held against the oracle" if record.oracle_error is None else "was not seen to execute"
             yield Reason(rule="unproven", text=f"{record.candidate} at {record.problem['mode']} has times and {what}")
+        if record.outcome == "ok" and beyond(record):
+            text = f"{record.candidate} at {record.problem['mode']} is said to be right and is beyond its bound"
+            yield Reason(rule="unproven", text=text)
     if found.compare is None:
         return
+    for each in found.compare.result.scenarios:
+        if each.head is not None and each.head.outcome == "ok" and beyond(each.head):
+            yield Reason(rule="unproven", text=f"{each.scenario}: head is said to be right and is beyond its bound")
     bare = [each.scenario for each in found.compare.result.scenarios if each.head is None]
     if bare:
         text = f"nothing shows that head executed, or was right, in {', '.join(bare)}"
         yield Reason(rule="unproven", text=text)
+
+
+def beyond(facts: Record | Facts) -> bool:
+    """Whether an error is larger than its bound."""
+    error, bound = facts.oracle_error, facts.oracle_bound
+    return error is not None and (bound is None or not error <= bound)
 
 
 def missing(found: Validation) -> Iterable[Reason]:
@@ -185,17 +212,39 @@ def missing(found: Validation) -> Iterable[Reason]:
     compared = {each.scenario.split()[0] for each in found.compare.result.scenarios} if found.compare else set()
     if found.compare is None:
         yield Reason(rule="missing", text=f"no comparison with base; run '{HOW['compare']}'")
+    elif with_itself(found.compare.result):
+        text = f"base and head are one commit, so nothing was compared; run '{HOW['compare']}'"
+        yield Reason(rule="missing", text=text)
     for mode in ("decode", "prefill"):
         if mode not in compared and not any(record.outcome == "ok" for record in found.of_mode(mode)):
             yield Reason(rule="missing", text=f"nothing of {mode}; run '{HOW[mode]}'")
     if not any(losses_of(run) for run in found.training):
         yield Reason(rule="missing", text=f"no training run; run '{HOW['training']}'")
+    for what, runs in (("sweep", found.sweeps), ("training", found.training)):
+        cut = [run.environment.run_id for run in runs if not run.complete]
+        if cut:
+            more = f" (and {len(cut) - 1} more)" if len(cut) > 1 else ""
+            text = f"{what} {cut[0]} did not reach its end{more}; give the command again"
+            yield Reason(rule="missing", text=text)
+    for run in found.training:
+        if 0 < len(losses_of(run)) < LEAST_STEPS:
+            yield Reason(rule="missing", text=f"training {run.label}: {len(losses_of(run))} losses show no learning")
+
+
+def with_itself(result: CompareResult) -> bool:
+    """Whether one commit was compared with itself. Two commits that hold the same code are a comparison."""
+    base, head = result.base, result.head
+    return bool(base.commit) and (base.commit, base.digest) == (head.commit, head.digest)
 
 
 def commits(found: Validation) -> Iterable[Reason]:
-    """Evidence of other commits."""
+    """Evidence of other commits, or of code that is in none."""
     about = short(found.subject)
     for what, runs in (("a sweep", found.sweeps), ("training", found.training)):
-        others = sorted({short(run.environment.commit) for run in runs} - {about})
+        of = {run.environment.commit for run in runs} | {record.commit for run in runs for record in run.records}
+        others = sorted({short(commit) for commit in of} - {about})
         if others:
             yield Reason(rule="commits", text=f"{what} is of {', '.join(others)}, the report is about {about}")
+    if "-dirty-" in found.subject:
+        text = f"{about} has uncommitted changes, which may differ from run to run; commit them and measure again"
+        yield Reason(rule="commits", text=text)

@@ -185,6 +185,67 @@ def test_evidence_of_another_commit_is_undecided(tmp_path: Path) -> None:
     assert texts(found) == "undecided: a sweep is of 9999999999, the report is about 0123456789"
 
 
+def test_what_is_said_to_be_right_beyond_its_bound_is_undecided(tmp_path: Path) -> None:
+    write_good(tmp_path)
+    write_sweep(tmp_path, [*GOOD, record("flex", oracle_error=2e-6)])
+    write_compare(tmp_path, compare_lines(oracle_error=2e-6))
+    found = recommended(tmp_path)
+    assert found.word == "undecided"
+    assert "flex at decode is said to be right and is beyond its bound" in texts(found)
+    assert "decode T=512 auto: head is said to be right and is beyond its bound" in texts(found)
+
+
+def test_a_run_that_did_not_reach_its_end_is_undecided(tmp_path: Path) -> None:
+    for run in ("quick/sweep-run", "pr31/train-run"):
+        write_good(tmp_path)
+        (tmp_path / "records" / SLUG / run / "complete").unlink()
+        found = recommended(tmp_path)
+        assert found.word == "undecided"
+        assert f"{run.partition('/')[2]} did not reach its end" in texts(found)
+        shutil.rmtree(tmp_path / "records")
+
+
+def test_a_few_losses_are_no_training(tmp_path: Path) -> None:
+    write_good(tmp_path)
+    shutil.rmtree(tmp_path / "records" / SLUG / "pr31")
+    write_training(tmp_path, STEPS[:1])
+    assert texts(recommended(tmp_path)) == "undecided: training pr31 varlen B1: 1 losses show no learning"
+
+
+def test_a_training_run_that_shows_no_route_is_undecided(tmp_path: Path) -> None:
+    write_good(tmp_path)
+    (tmp_path / "records" / SLUG / "pr31" / "train-run" / "training.jsonl").unlink()
+    write_training(tmp_path, [msgspec.structs.replace(STEPS[0], executed=[]), *STEPS[1:]])
+    assert texts(recommended(tmp_path)) == ("undecided: training pr31 varlen B1: nothing shows what ran from step 0 on")
+
+
+def test_a_record_of_another_commit_among_a_runs_own_is_undecided(tmp_path: Path) -> None:
+    write_good(tmp_path)
+    write_sweep(tmp_path, [record("flex", commit="9" * 40)])
+    assert texts(recommended(tmp_path)) == "undecided: a sweep is of 9999999999, the report is about 0123456789"
+
+
+def test_evidence_of_uncommitted_changes_is_undecided_even_where_all_is_of_such(tmp_path: Path) -> None:
+    commit = f"{COMMIT}-dirty-aaaaaaaa"
+    write_sweep(tmp_path, [msgspec.structs.replace(each, commit=commit) for each in GOOD], commit=commit)
+    steps = [msgspec.structs.replace(step, commit=commit) for step in STEPS]
+    write_training(tmp_path, steps, commit=commit)
+    write_compare(tmp_path, compare_lines(), head=msgspec.structs.replace(HEAD, dirty=True))
+    found = recommended(tmp_path)
+    assert found.word == "undecided"
+    assert "0123456789+ has uncommitted changes" in texts(found)
+
+
+def test_a_commit_compared_with_itself_is_no_comparison(tmp_path: Path) -> None:
+    write_good(tmp_path)
+    shutil.rmtree(tmp_path / "compares")
+    write_compare(tmp_path, compare_lines(), base=HEAD)
+    assert "base and head are one commit, so nothing was compared" in texts(recommended(tmp_path))
+    shutil.rmtree(tmp_path / "compares")
+    write_compare(tmp_path, compare_lines(), base=msgspec.structs.replace(HEAD, commit="f" * 40))
+    assert recommended(tmp_path).word == "merge"
+
+
 def test_a_reason_against_outweighs_what_is_undecided(tmp_path: Path) -> None:
     write_sweep(tmp_path, [record("gather", outcome="wrong", reason="x")])
     found = recommended(tmp_path)
@@ -216,10 +277,31 @@ def test_the_crash_that_pr31_swallowed_would_have_said_do_not_merge(tmp_path: Pa
 
 def test_the_newest_run_of_a_problem_counts(tmp_path: Path) -> None:
     write_good(tmp_path)
-    write_sweep(tmp_path, [record("gather", outcome="wrong", reason="x")], run_id="a-older-run")
+    write_sweep(tmp_path, [record("dense", outcome="wrong", reason="x")], run_id="a-older-run")
     assert recommended(tmp_path).word == "merge"
     write_sweep(tmp_path, [record("gather", outcome="wrong", reason="x")], run_id="z-newer-run")
     assert recommended(tmp_path).word == "do not merge"
+
+
+@pytest.mark.parametrize(("commit", "word"), [(COMMIT, "do not merge"), ("9" * 40, "merge")])
+def test_a_failure_stands_until_the_same_code_tries_that_path_again(tmp_path: Path, commit: str, word: str) -> None:
+    write_good(tmp_path)
+    older = [record("gather", outcome="wrong", reason="off by 0.3", commit=commit)]
+    write_sweep(tmp_path, older, run_id="a-older-run", commit=commit)
+    assert recommended(tmp_path).word == word
+    write_sweep(tmp_path, [*GOOD, record("gather")], run_id="z-newer-run")
+    assert recommended(tmp_path).word == "merge"
+
+
+def test_a_regression_stands_however_often_the_same_two_trees_are_compared(tmp_path: Path) -> None:
+    write_good(tmp_path)
+    write_compare(tmp_path, compare_lines((1.04, 1.0)), run_id="a-older-run")
+    found = recommended(tmp_path)
+    assert found.word == "do not merge"
+    assert "comparison a-older-run of the same two trees found a regression" in texts(found)
+    other = msgspec.structs.replace(HEAD, digest="another")
+    write_compare(tmp_path, compare_lines((1.04, 1.0)), run_id="a-older-run", head=other)
+    assert recommended(tmp_path).word == "merge"
 
 
 def test_a_device_and_a_commit_can_be_asked_for(tmp_path: Path) -> None:

@@ -68,11 +68,14 @@ GOOD = [
 ]
 
 
-def write_sweep(root: Path, records: list[Record], run_id: str = "sweep-run", **changes: Any) -> None:
+def write_sweep(
+    root: Path, records: list[Record], run_id: str = "sweep-run", *, complete: bool = True, **changes: Any
+) -> None:
     folder = RunFolder(root / "records" / SLUG / "quick" / run_id)
     folder.start(environment(run_id, {"name": "quick"}, **changes))
     folder.append([msgspec.structs.replace(record, run_id=run_id) for record in records])
-    folder.finish()
+    if complete:
+        folder.finish()
 
 
 def route(**changes: Any) -> Route:
