@@ -21,7 +21,7 @@ Outcome = Literal["ok", "unsupported", "wrong", "fell_back", "oom", "crash", "ha
 Stage = Literal["screen", "shootout", "reserve"]
 Value = int | float | str | bool
 DEFAULT_REGISTRY = "nsa.paths:PATHS"
-"""``module:NAME`` of the paths that are measured where none is named."""
+"""``module:NAME`` of the paths that are measured where none is named, and that the runtime and its tables know."""
 
 
 class RecordError(ValueError):

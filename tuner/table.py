@@ -21,7 +21,7 @@ from nsa.paths import PATHS, Candidate
 from nsa.problem import SelectionProblem
 from tuner import stats, verdict
 from tuner.layer import LAYER, LayerSizes, choices_of
-from tuner.record import Record, RecordError, RunFolder, by_problem, write_whole
+from tuner.record import DEFAULT_REGISTRY, Record, RecordError, RunFolder, by_problem, write_whole
 from tuner.rounds import aligned_records
 
 PATTERN_RANK = ("fixed", "scored", "smooth", "random")
@@ -107,6 +107,11 @@ def evidence_of(winner: Record, chosen: verdict.Pick) -> dict[str, Any]:
     """The fields of an entry that say how sure the pick is and where it comes from."""
     if winner.oracle_error is None or winner.oracle_bound is None:
         raise RecordError(f"run {winner.run_id}: {winner.candidate} has times but no oracle error; it was not checked")
+    if not winner.oracle_error <= winner.oracle_bound:
+        said = f"an error of {winner.oracle_error:.3g} where {winner.oracle_bound:.3g} is allowed"
+        raise RecordError(f"run {winner.run_id}: {winner.candidate} has times and {said}")
+    if not winner.kernels:
+        raise RecordError(f"run {winner.run_id}: {winner.candidate} has times and was not seen to execute")
     return {
         "pattern": winner.pattern,
         "pairs": chosen.pairs,
@@ -152,9 +157,13 @@ def write_table(path: Path, folder: RunFolder, *, keep: bool) -> tuple[DispatchT
     """Write a run's entries to a table file; with ``keep``, next to the file's entries for other problems.
 
     Returns the table and a word on what was left out. Entries made by other software are not kept: their evidence does
-    not hold here. Raises DispatchTableError for an unreadable file, which is left as it was, and RecordError.
+    not hold here. Raises DispatchTableError for an unreadable file, which is left as it was, and RecordError, also for
+    a run over paths of another registry, whose names may be those of the runtime's.
     """
     environment, (records, _) = folder.environment(), folder.records()
+    registry = environment.sweep.get("registry", DEFAULT_REGISTRY)
+    if registry != DEFAULT_REGISTRY:
+        raise RecordError(f"run {folder.path.name} is of {registry}, whose paths the runtime does not know")
     try:
         device = msgspec.convert(environment.device, DeviceIdentity)
         software = msgspec.convert(environment.software, SoftwareIdentity)

@@ -56,6 +56,33 @@ def only(records: Sequence[Record]) -> DispatchEntry:
     return entry
 
 
+# What is no evidence
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"oracle_error": 2e-6}, "has times and an error of 2e-06 where 1e-06 is allowed"),
+        ({"oracle_error": None}, "was not checked"),
+        ({"kernels": {}}, "was not seen to execute"),
+    ],
+)
+def test_a_winner_without_proof_is_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecordError, match=said):
+        entries_of([record("gather"), record("dense", 50.0, **changes)])
+
+
+def test_a_run_over_another_registry_never_becomes_a_table_even_where_its_names_are_the_runtimes(
+    tmp_path: Path,
+) -> None:
+    folder = run(tmp_path, [record("gather"), record("dense", 50.0)])
+    theirs = msgspec.structs.replace(folder.environment(), sweep={"registry": "mine:PATHS"})
+    folder.start(theirs)
+    with pytest.raises(RecordError, match="is of mine:PATHS, whose paths the runtime does not know"):
+        write_table(tmp_path / "table.json", folder, keep=False)
+    assert not (tmp_path / "table.json").exists()
+
+
 # Entries
 
 
