@@ -71,8 +71,8 @@ def sweep(
     with clear_errors():
         options = sweep_command.SweepOptions(
             name=name, budget=budget, effort=effort, overrides=tuple(override or ()), out=out, export=export,
-            figures=figures, storage=storage, device=device, commit=commit or current_commit(), registry=registry,
-            json=json,
+            figures=figures, storage=storage, device=device,
+            commit=commit or current_commit(registry.partition(":")[0]), registry=registry, json=json,
         )  # fmt: skip
         raise typer.Exit((sweep_command.plan if dry_run else sweep_command.sweep)(options))
 
