@@ -76,7 +76,9 @@ def serve(connection: Connection, device: str, memory_limit_bytes: int, stderr: 
     """The worker process: answer requests until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     log = os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 2)
+    for output in (1, 2):  # what a path prints is none of the tool's results
+        os.dup2(log, output)
+    process = os.getpid()
     limit_memory(device, memory_limit_bytes)
     bench: Any = None
 
@@ -107,6 +109,8 @@ def serve(connection: Connection, device: str, memory_limit_bytes: int, stderr: 
             reply: tuple[str, Any] = ("answer", answer)
         except Exception as error:  # noqa: BLE001  the worker's boundary: every failure becomes an outcome
             reply = ("raised", classify(error))
+        if os.getpid() != process:  # a candidate forked: two processes would answer, one of them the next request
+            os._exit(0)
         ends = reply[0] == "raised" and leaves(reply[1][0], device)
         if verb == "assess" and not ends:
             release_memory(device)  # what a proof needed may be what building it to be timed, elsewhere, wants

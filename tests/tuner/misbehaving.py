@@ -48,6 +48,18 @@ def segfaults(*args: Any, **options: Any) -> Tensor:
     return dense.run(*args, **options)
 
 
+def forks(*args: Any, **options: Any) -> Tensor:
+    """Goes on as two processes."""
+    os.fork()
+    return off_by_a_percent(*args, **options)
+
+
+def prints(*args: Any, **options: Any) -> Tensor:
+    """Talks."""
+    os.write(1, b"a word from a path\n")
+    return dense.run(*args, **options)
+
+
 def hangs(*args: Any, **options: Any) -> Tensor:
     """Never answers."""
     time.sleep(1000)
@@ -312,7 +324,7 @@ def twin(run: Callable[..., Tensor], *, reserve: bool = False) -> SelectionPath:
 
 
 TWINS = (
-    *(exits, segfaults, hangs, runs_out_of_memory, raises),
+    *(exits, segfaults, hangs, forks, prints, runs_out_of_memory, raises),
     *(exits_while_built, exits_while_timed, raises_while_timed),
     *(off_by_a_percent, runs_packed, nan_in_one_place, leaves_rows_unwritten, returns_another_dtype),
     *(returns_another_shape, keeps_state, grows_with_every_change, wrong_gradient, wrong_gradient_in_the_second_step),

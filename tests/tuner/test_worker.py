@@ -157,6 +157,26 @@ def test_a_candidate_that_misbehaves_has_its_outcome_and_the_next_one_is_served(
     assert assess(session, "gather").outcome == "ok"
 
 
+def test_a_candidate_that_forks_does_not_answer_for_the_next_one(session: Session) -> None:
+    for name, outcome in (
+        ("forks", "wrong"),
+        ("gather", "ok"),
+        ("forks", "wrong"),
+        ("dense", "ok"),
+        ("raises", "crash"),
+    ):
+        session.assessed.pop(candidate(name).name, None)
+        assert assess(session, name).outcome == outcome, name
+
+
+def test_what_a_path_prints_is_none_of_the_tools_output(capfd: pytest.CaptureFixture[str]) -> None:
+    session = Session("cpu", timeout_s=PATIENT_S)
+    session.hold(TRIAL)
+    assert assess(session, "prints").outcome == "ok"
+    session.close()
+    assert capfd.readouterr().out == ""
+
+
 def test_a_candidate_that_hangs_is_ended_and_the_next_one_is_served(session: Session) -> None:
     assert assess(session, "gather").outcome == "ok"
     assert session.prover.worker is not None
