@@ -91,7 +91,7 @@ class Comparing:
         self.spare = self.worker()
         identity, software, clocks = identify(self.spare, self.question.device)
         root = self.out / "compares" / identity.slug
-        found = unfinished(root, self.question, msgspec.to_builtins(software))
+        found = unfinished(root, self.question, msgspec.to_builtins(software), self.tool_commit)
         if found is not None:
             return found, identity.slug
         now = datetime.now(UTC)

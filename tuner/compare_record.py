@@ -200,14 +200,15 @@ class CompareFolder:
         write_whole(self.done_file, b"")
 
 
-def unfinished(root: Path, question: Question, software: dict[str, Value]) -> CompareFolder | None:
-    """The newest comparison below ``root`` that asked the same with the same software and did not end."""
+def unfinished(root: Path, question: Question, software: dict[str, Value], tool: str) -> CompareFolder | None:
+    """The newest comparison below ``root`` that asked the same with the same software and tool and did not end."""
     for file in sorted(root.glob("*/environment.json"), key=lambda file: file.parent.name, reverse=True):
         folder = CompareFolder(file.parent)
         if folder.done_file.exists():
             continue
         try:
-            same = folder.environment().software == software and folder.question().same_as(question)
+            before = folder.environment()
+            same = (before.software, before.commit) == (software, tool) and folder.question().same_as(question)
         except msgspec.ValidationError:  # another version of this tool asked it
             same = False
         if same:
