@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import msgspec
 import torch
@@ -22,6 +23,25 @@ from tuner.awkward import WITH_GRADIENTS, awkward_inputs, other_contents, proble
 from tuner.gradient_oracle import EXP_ERROR, GradientOracle
 from tuner.inputs import Inputs
 from tuner.oracle import Call, Oracle, WrongResult
+
+SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "torch's number of threads": (torch.get_num_threads, torch.set_num_threads),
+    "torch's precision of float32 products": (
+        torch.get_float32_matmul_precision, torch.set_float32_matmul_precision
+    ),
+    "torch's default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "torch's deterministic algorithms": (
+        torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms
+    ),
+    "torch's gradient mode": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "flash SDPA": (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
+    "memory-efficient SDPA": (
+        torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp
+    ),
+    "math SDPA": (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
+    "cuDNN SDPA": (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+}  # fmt: skip
+"""Of the process, name -> how to read and to set it."""
 
 
 class Checked(msgspec.Struct, frozen=True):
@@ -57,6 +77,12 @@ class Checker:
                 scale=self.scale, workspace=workspace, **{**parameters, **changes},
             )  # fmt: skip
 
+        with settings_kept():
+            return self._checked(path, parameters, call, thorough=thorough)
+
+    def _checked(
+        self, path: SelectionPath, parameters: Mapping[str, ParameterValue], call: Call, *, thorough: bool
+    ) -> Checked:
         workspace = self.new_workspace()
         with torch.no_grad():
             with filled_with_nan():
@@ -124,6 +150,23 @@ class Checker:
                     oracle.compare(call(case, self.new_workspace()), name)
                 if gradients is not None:
                     gradients.compare(call, self.new_workspace(), f"{name}, ", frozen=True)
+
+
+@contextmanager
+def settings_kept() -> Iterator[None]:
+    """Raises WrongResult where one of SETTINGS is another at the end: what runs after it in this process, other
+    candidates and the oracle among them, would run by it. It is put back."""
+    before = {name: read() for name, (read, _) in SETTINGS.items()}
+    try:
+        yield
+    finally:
+        after = {name: read() for name, (read, _) in SETTINGS.items()}
+        for name, (_, write) in SETTINGS.items():
+            if after[name] != before[name]:
+                write(before[name])
+    for name, value in before.items():
+        if after[name] != value:
+            raise WrongResult(f"the path leaves {name} at {after[name]}, it was {value}")
 
 
 @contextmanager

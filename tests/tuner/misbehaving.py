@@ -179,6 +179,12 @@ def drops_a_block(query: Tensor, key: Tensor, value: Tensor, selection: Selectio
     return dense.run(query, key, value, dataclasses.replace(selection, indices=fewer), **options)
 
 
+def changes_the_process(*args: Any, **options: Any) -> Tensor:
+    """Right, and whatever runs after it multiplies by other rules."""
+    torch.set_float32_matmul_precision("medium")
+    return dense.run(*args, **options)
+
+
 def sorts_in_place(query: Tensor, key: Tensor, value: Tensor, selection: Selection, **options: Any) -> Tensor:
     """Sorts the caller's own blocks."""
     selection.indices.copy_(selection.indices.sort(-1).values)
@@ -329,9 +335,16 @@ TWINS = (
     *(off_by_a_percent, runs_packed, nan_in_one_place, leaves_rows_unwritten, returns_another_dtype),
     *(returns_another_shape, keeps_state, grows_with_every_change, wrong_gradient, wrong_gradient_in_the_second_step),
     *(keeps_blocks_by_address, keeps_keys_by_address, returns_its_workspace, drops_a_block),
-    *(sorts_in_place, cleans_the_cache, without_a_maximum, forgets_the_last_tile, minds_strided_queries),
+    *(
+        changes_the_process,
+        sorts_in_place,
+        cleans_the_cache,
+        without_a_maximum,
+        forgets_the_last_tile,
+        minds_strided_queries,
+    ),
     *(minds_strided_blocks, minds_positions, counts_duplicates_in_its_gradient, minds_a_strided_gradient),
-    *(asks_the_query_alone,),
+    *(asks_the_query_alone, changes_the_process),
 )
 RESERVING = (minds_a_small_reserve, minds_a_large_reserve)
 
