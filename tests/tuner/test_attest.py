@@ -11,6 +11,7 @@ from nsa.paths import PATHS, Candidate, Evidence
 from nsa.problem import SelectionProblem
 from tuner.attest import FellBack, Seen, attest, hold_against
 from tuner.inputs import make_inputs
+from tuner.oracle import WrongResult
 
 CPU = torch.device("cpu")
 EAGER = ("dense", "gather", "packed", "varlen", "reference")
@@ -249,3 +250,17 @@ def test_a_profile_without_anything_never_satisfies_a_path(name: str) -> None:
     evidence = path.evidence(posed, CPU, path.defaults(posed, CPU), [16, 32] * 100)
     with pytest.raises(FellBack, match=r"saw 0; saw nothing"):
         hold_against(evidence, Seen([], []))
+
+
+def test_a_call_that_keeps_memory_each_time_is_wrong_and_one_that_does_so_once_more_is_not() -> None:
+    kept: list[torch.Tensor] = []
+
+    def call(calls: int) -> None:
+        torch.mm(torch.ones(4, 4), torch.ones(4, 4))
+        if len(kept) < calls:
+            kept.append(torch.empty(1000))
+
+    attest(lambda: call(2), doing(), cuda=False)
+    kept.clear()
+    with pytest.raises(WrongResult, match="every call leaves 4000 bytes or more behind"):
+        attest(lambda: call(100), doing(), cuda=False)
