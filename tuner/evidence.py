@@ -24,6 +24,7 @@ class Evidence:
         self.clocks: dict[int, list[int]] = {}
         self.injected: dict[Lane, list[float]] = {lane: [] for lane in INJECTED}
         self.by_launch: dict[str, dict[int, list[float]]] = {}
+        self.itself: dict[tuple[int, str], list[float]] = {}
         self.rounds, self.dropped, self.seconds = 0, 0, 0.0
         for line in lines:
             self.add(line)
@@ -52,10 +53,23 @@ class Evidence:
                 self.by_launch.setdefault(pair.scenario, {}).setdefault(line.launch, []).append(ratio)
             if pair.lane in INJECTED:
                 self.audit[pair.lane].append(ratio)
+            if pair.lane == "aa":
+                for about in (pair.scenario, ""):
+                    self.itself.setdefault((line.launch, about), []).append(ratio)
 
     def of(self, scenario: str, lane: Lane) -> list[float]:
         """Log ratios of a lane in a scenario, in order."""
         return self.ratios.get((scenario, lane), [])
+
+    def of_itself(self, scenario: str) -> float:
+        """The largest log ratio, either way, that a launch of some size read of base against itself: in this scenario,
+        or in all. 0.0 where none is of that size."""
+        sized = [
+            ratios
+            for (_, about), ratios in self.itself.items()
+            if about in (scenario, "") and len(ratios) >= PAIRS_OF_A_LAUNCH
+        ]
+        return max((abs(statistics.median(ratios)) for ratios in sized), default=0.0)
 
     def timed(self, scenario: str) -> bool:
         """Whether both sides passed their checks, or nothing is known against either."""
@@ -69,7 +83,9 @@ def disagreement(evidence: Evidence, scenario: str, found: Comparison) -> str:
     """Why launches contradict a verdict of slower or faster, '' where they do not.
 
     The coin makes the two sides of a pair alike but for what a process draws once, such as where its buffers lie. That
-    a relaunch draws anew. So the median of every launch of some size must lie on the verdict's side of 1.
+    a relaunch draws anew. So the median of every launch of some size must lie on the verdict's side of 1, and further
+    from it than any launch's of base against itself. Where head is base but for such draws, all L launches do so by
+    chance in one run of C(2L, L) * 2**L a direction, however large the draws: 160 for three, 1120 for four.
     """
     medians = [
         statistics.median(ratios)
@@ -77,9 +93,14 @@ def disagreement(evidence: Evidence, scenario: str, found: Comparison) -> str:
         if len(ratios) >= PAIRS_OF_A_LAUNCH
     ]
     sign = {"slower": 1.0, "faster": -1.0}.get(found.verdict)
-    if sign is None or all(sign * median > 0 for median in medians):
+    if sign is None or not medians:
         return ""
-    return f"launches disagree: {', '.join(f'{math.exp(median):.3f}' for median in medians)}"
+    each, itself = ", ".join(f"{math.exp(median):.3f}" for median in medians), evidence.of_itself(scenario)
+    if min(sign * median for median in medians) <= 0:
+        return f"launches disagree: {each}"
+    if min(sign * median for median in medians) <= itself:
+        return f"launches read {each}, and one of base against itself is off by {math.expm1(itself):.1%}"
+    return ""
 
 
 def compared(question: Question, ratios: Sequence[float], effect: float | None = None) -> Comparison:

@@ -139,6 +139,10 @@ def faults_of(question: Question, evidence: Evidence, lanes: dict[Lane, Comparis
         yield f"{len(evidence.launches)} of {question.launches} launches: more time is needed"
     if alarm:
         yield f"the A/A lane alarms: base against itself reads {ratio_text(lanes['aa'])}"
+    for (launch, about), ratios in evidence.itself.items():
+        found = compared(question, ratios)
+        if not alarm and not about and found.verdict in ("slower", "faster"):
+            yield f"launch {launch + 1} alone reads base against itself as {ratio_text(found)}"
     if lanes["slow_4"].ratio_low > 1.0 + 2 * INJECTED["slow_4"]:
         yield f"the 4 % lane reads {ratio_text(lanes['slow_4'])}, which is not what was injected"
     if lanes["slow_4"].verdict != "slower":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from tuner.compare import Comparing
 from tuner.compare_record import (
     CompareFolder,
     Facts,
+    Lane,
     Launched,
     Line,
     LineFile,
@@ -236,6 +237,39 @@ def test_launches_that_contradict_a_verdict_make_it_undecided() -> None:
     assert found.comparison is not None
     assert (found.comparison.verdict, found.verdict) == ("slower", "undecided")
     assert "launches disagree" in found.reason
+
+
+def offset_lines(lane: Lane, ratios: Sequence[float], rounds: int = 30) -> list[Measured]:
+    """Pairs of a lane, each launch about a ratio of its own."""
+    return [
+        Measured(
+            launch=launch,
+            pairs=[
+                Pair(scenario().name, lane, turn, True, 100.0, 100.0 * ratio * math.exp(0.002 * (-1) ** turn))
+                for turn in range(rounds)
+            ],
+        )
+        for launch, ratio in enumerate(ratios)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("itself", "verdict"), [((1.001, 0.998, 1.002), "slower"), ((1.001, 0.965, 1.03), "undecided")]
+)
+def test_a_verdict_must_exceed_what_launches_read_of_base_against_itself(
+    itself: tuple[float, ...], verdict: str
+) -> None:
+    audit = [line for line in audit_lines(launches=3, rounds=30) if not isinstance(line, Measured)]
+    lanes: list[tuple[Lane, Sequence[float]]] = [
+        ("aa", itself), ("slow_4", (1.04,) * 3), ("slow_1", (1.01,) * 3), ("head", (1.02, 1.025, 1.03)),
+    ]  # fmt: skip
+    result = judge(bare_question(), [*audit, *(line for lane, ratios in lanes for line in offset_lines(lane, ratios))])
+    found = result.scenarios[0]
+    assert found.comparison is not None
+    assert (found.comparison.verdict, found.verdict) == ("slower", verdict)
+    if verdict == "undecided":
+        assert "one of base against itself is off by 3.6%" in found.reason
+        assert "launch 2 alone reads base against itself as 0.965" in result.audit.reason
 
 
 # --- resuming ---
