@@ -1,7 +1,7 @@
 """Claims about measuring, by a scripted clock: fair orders, calls per sample, cold samples, dropped ones."""
 
 from collections.abc import Callable, Iterator
-from itertools import pairwise
+from itertools import chain, pairwise, repeat
 from typing import Any
 
 import pytest
@@ -105,7 +105,12 @@ def test_calls_per_sample_fill_the_aimed_length_between_1_and_1000(
 
 
 def test_a_slow_first_call_does_not_count_for_calls_per_sample(clock: Clock) -> None:
-    costs = iter((1e6, 50.0, 10.0))
+    costs = chain((1e6, 50.0), repeat(10.0))
+    assert Stopwatch(CPU, cold=False).calls_for(lambda: clock.spend(next(costs)), 1000.0) == 100
+
+
+def test_a_hiccup_of_a_few_calls_does_not_decide_how_many_make_a_sample(clock: Clock) -> None:
+    costs = chain([10.0, 300.0, 300.0, 300.0], repeat(10.0))
     assert Stopwatch(CPU, cold=False).calls_for(lambda: clock.spend(next(costs)), 1000.0) == 100
 
 
