@@ -110,7 +110,7 @@ def awkward_inputs(problem: SelectionProblem, device: torch.device) -> Iterator[
             yield "different context lengths in one batch, NaN beyond them", case
         strided = torch.cat((q, q), -1)[..., : p.Dk]
         wide = torch.stack((ragged, -ragged), -1).long()[..., 0]
-        positions = torch.randint(0, context, (batch, queries), generator=generator).to(device)
+        positions = torch.randint(context // 2, context, (batch, queries), generator=generator).to(device)
         case = Inputs(strided, k, v, blocks(wide, positions), None)
         yield "positions of the caller's, strided queries, strided blocks of 64 bits", case
         for name in WITH_GRADIENTS:

@@ -133,7 +133,13 @@ def test_other_contents_are_another_call_and_leave_the_first_as_it_was(operation
     assert all(torch.equal(tensor, old) for tensor, old in zip(tensors, before, strict=True))
 
 
-@pytest.mark.parametrize("name", ["off_by_a_percent", "nan_in_one_place", "leaves_rows_unwritten", "keeps_state"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("off_by_a_percent", "nan_in_one_place", "leaves_rows_unwritten", "keeps_state", "keeps_keys_by_address"),
+        *("minds_strided_queries", "minds_strided_blocks", "minds_positions", "without_a_maximum"),
+    ],
+)
 def test_a_wrong_result_is_caught_in_decode(name: str) -> None:
     with pytest.raises(WrongResult):
         checked(PATHS[name], problem(mode="decode", S=1))
