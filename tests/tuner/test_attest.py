@@ -204,6 +204,14 @@ def test_kernels_of_a_gpu_are_held_against_the_same_evidence() -> None:
         hold_against(Evidence(required={"^selection_kernel$": 1}), seen)
 
 
+@pytest.mark.parametrize("pattern", ["", "aten", ".", "aten::(empty|mm)", "e"])
+def test_evidence_that_any_call_shows_proves_nothing(pattern: str) -> None:
+    seen = Seen([("aten::mm", [[4, 4], [4, 4]]), ("aten::empty", [])], [])
+    with pytest.raises(FellBack, match="any call shows, so nothing proves that it ran"):
+        hold_against(Evidence(required={pattern: 0}), seen)
+    hold_against(Evidence(required={pattern: 0, "^aten::mm$": 1}), seen)
+
+
 # Memory
 
 
