@@ -24,6 +24,8 @@ from tuner.gradient_oracle import EXP_ERROR, GradientOracle
 from tuner.inputs import Inputs
 from tuner.oracle import Call, Oracle, WrongResult
 
+ADDITION_ERROR = 2.0**-24
+"""Relative, of one addition in float32, in which weights are summed."""
 SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "torch's number of threads": (torch.get_num_threads, torch.set_num_threads),
     "torch's precision of float32 products": (
@@ -89,7 +91,8 @@ class Checker:
                 first = call(self.inputs, workspace)
             error = self.oracle.compare(first, "first call, outputs poisoned")
             with other_contents(self.problem, self.inputs):
-                self.other = self.other or Oracle(self.inputs, self.scale, weight_error=EXP_ERROR)
+                added = EXP_ERROR + self.problem.row_width * ADDITION_ERROR
+                self.other = self.other or Oracle(self.inputs, self.scale, weight_error=added)
                 self.other.compare(call(self.inputs, workspace), "the same tensors with other contents")
             self.oracle.compare(first, "the first call's output, after another call")
             workspace.poison()
