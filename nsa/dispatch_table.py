@@ -27,7 +27,9 @@ VERSION = 2
 READ_VERSIONS = (1, 2)
 """Version 1 knew selection alone; its entries lack the newer fields and read as their defaults."""
 MAX_TABLE_BYTES = 16 * 2**20
-MAX_REMEMBERED = 2**16
+MAX_REMEMBERED = 2**13
+"""Problems and kinds of calls that a table remembers; with one more all are forgotten. A kind takes 3 KiB, and each
+token of a context that grows makes some."""
 PACKAGED = Path(__file__).parent / "dispatch_tables"
 
 Families = dict[Any, dict[int, dict[int, tuple[int, DispatchEntry]]]]

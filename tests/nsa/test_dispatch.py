@@ -4,6 +4,7 @@ import builtins
 import importlib.util
 import subprocess
 import sys
+import tracemalloc
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -17,7 +18,7 @@ from nsa import dispatch, dispatch_table
 from nsa.device import device_identity, software_identity
 from nsa.dispatch import DispatchWarning
 from nsa.dispatch_entry import DispatchEntry
-from nsa.dispatch_table import DispatchTable, load_dispatch_table, user_table_path
+from nsa.dispatch_table import MAX_REMEMBERED, DispatchTable, load_dispatch_table, user_table_path
 from nsa.errors import ArgumentError, DispatchTableError, StrictDispatchError
 from nsa.paths import PATHS, Candidate, gather, reference
 from nsa.problem import SelectionProblem
@@ -344,6 +345,34 @@ def test_the_process_table_is_loaded_once_and_no_call_opens_a_file(monkeypatch):
 
 
 # Named paths
+
+
+def test_what_dispatch_remembers_of_contexts_that_grow_stays_within_32_mib():
+    found, query, key, value = table(), *arguments(context=400)[:3]
+    blocks = torch.zeros(1, 1, 2, 2, dtype=torch.int32)
+
+    def call(context):
+        selection = Selection.from_blocks(blocks, block_size=8, context_length=context)
+        nsa.selection_attention(query, key[:, :, :context], value[:, :, :context], selection, table=found)
+
+    call(399)
+    tracemalloc.start()
+    for context in range(50, 350):
+        call(context)
+    grown = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert len(found.plans) == 301
+    assert grown / 300 * MAX_REMEMBERED < 32 * 2**20
+
+
+def test_kinds_of_calls_beyond_the_most_that_are_remembered_are_served_all_the_same(monkeypatch):
+    for module in (dispatch, dispatch_table):
+        monkeypatch.setattr(module, "MAX_REMEMBERED", 3)
+    found = table(entry(problem(T=40), "packed"))
+    for context in (16, 24, 40, 16, 24, 32, 48, 40):
+        record, _ = executed(*arguments(context=context), table=found)
+        assert record.path == "packed"
+        assert len(found.plans) <= 3
 
 
 def test_a_named_path_never_falls_back(monkeypatch):
