@@ -46,6 +46,9 @@ def unsupported_reason(layer: Layer, x: Tensor, cache: NSACache) -> str | None:
         return "fused does not run under autocast"
     if not dtype == weight.dtype == cache.keys.dtype or not device == weight.device == cache.keys.device:
         return "fused needs token, weights and cache of one dtype on one device"
+    room = 2 * cache.reach if cache.length == cache.reach else cache.reach  # a full cache doubles before the step
+    if room > MOST_BLOCKS * config.block_size:
+        return f"fused ranks up to {MOST_BLOCKS} blocks, the cache has room for {room} tokens in this step"
     if isinstance(cache.plan, FusedStep):
         return None
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -60,8 +63,6 @@ def unsupported_reason(layer: Layer, x: Tensor, cache: NSACache) -> str | None:
             "fused needs block_size / kernel_stride to be 1, 2, 4, 8 or 16 and kernel_size up to block_size + "
             f"kernel_stride, got {config.block_size}, {config.kernel_stride}, {config.kernel_size}"
         )
-    if cache.capacity > MOST_BLOCKS * config.block_size:
-        return f"fused ranks up to {MOST_BLOCKS} blocks, the cache has room for {cache.capacity} tokens"
     return support.device_reason("fused", x.device)
 
 

@@ -342,6 +342,18 @@ def test_sizes_that_the_fused_step_has_not_are_named_and_taken_by_the_branches(s
     assert cache.length == 1
 
 
+@pytest.mark.parametrize("page_size", [0, 4])
+def test_a_cache_that_grows_beyond_the_blocks_that_a_step_ranks_goes_on_by_branches(page_size, monkeypatch):
+    monkeypatch.setattr("nsa.decode.MOST_BLOCKS", 2)
+    layer, x = layer_of("mean"), tokens(1, 17, 12)
+    _, cache = layer.prefill(x[:, :15], capacity=16, page_size=page_size)
+    fused(layer, x[:, 15:16], cache)
+    with pytest.raises(UnsupportedPathError, match="ranks up to 2 blocks, the cache has room for 32 tokens"):
+        layer.decode(x[:, 16:], cache, route="fused")
+    y, _ = layer.decode(x[:, 16:], cache)
+    assert float((y - layer(x)[:, 16:].detach()).abs().max()) <= agreement_bound(layer, x)
+
+
 def test_autocast_decodes_by_branches():
     layer = layer_of("mean")
     with torch.autocast(DEVICE.type, torch.bfloat16):
