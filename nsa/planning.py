@@ -122,7 +122,10 @@ def _others(problem: SelectionProblem, device: torch.device, choice: Choice, avo
 
 
 def _without(problem: SelectionProblem, device: torch.device, choice: Choice, avoid: str) -> Choice:
-    """The choice where ``avoid`` is disallowed: itself, else the first of the others. Raises UnsupportedPathError."""
+    """The choice where ``avoid`` is disallowed: itself, else the first of the others. Raises UnsupportedPathError, and
+    ArgumentError for a path that nobody knows."""
+    if avoid not in PATHS:
+        raise ArgumentError(f"unknown path {avoid!r} to avoid; expected one of {sorted(PATHS)}")
     changes: dict[str, Any] = {"reason": f"{avoid} is disallowed; {choice.reason}"}
     if choice.path == avoid:
         other = next(_others(problem, device, choice, avoid), None)
@@ -199,6 +202,8 @@ def call_problem(
     devices = {query.device, key.device, value.device, selection.device}
     if len(devices) > 1:
         raise ArgumentError(f"query, key, value and selection are on {sorted(map(str, devices))}; move them to one")
+    if query.device.type not in DEPLOYED_CACHE:
+        raise ArgumentError(f"query is on {query.device}, expected one of {sorted(DEPLOYED_CACHE)}")
     length = selection.context_length
     if isinstance(length, int) and length > keys:
         raise ArgumentError(f"the selection's context_length {length} exceeds the {keys} keys that were passed")

@@ -409,6 +409,19 @@ def test_an_unknown_parameter_of_a_named_path_is_refused_with_those_it_has():
         nsa.selection_attention(*arguments(), path="gather", parameters={"row_chnk": 64})
 
 
+@pytest.mark.parametrize("option", ["prefer", "avoid"])
+def test_an_unknown_path_to_prefer_or_avoid_is_refused_with_the_known_ones(option):
+    with pytest.raises(ArgumentError, match=r"unknown path 'flash'.*expected.*'varlen'"):
+        nsa.selection_attention(*arguments(), table=table(), **{option: "flash"})
+
+
+def test_tensors_on_a_device_that_is_neither_cpu_nor_gpu_are_refused():
+    query, key, value, selection = arguments()
+    selection = Selection.from_blocks(selection.indices.to("meta"), block_size=8, context_length=32)
+    with pytest.raises(ArgumentError, match=r"query is on meta, expected one of \['cpu', 'cuda'\]"):
+        nsa.selection_attention(query.to("meta"), key.to("meta"), value.to("meta"), selection)
+
+
 def test_an_unknown_path_is_refused_with_the_known_ones():
     with pytest.raises(ArgumentError, match=r"unknown path 'dens'; expected 'auto' or one of .*'dense'"):
         nsa.selection_attention(*arguments(), path="dens")
