@@ -71,17 +71,13 @@ def filled(layer: NSAAttention, batch: int, context: int, room: int = 65536) -> 
     return cache
 
 
-def rewind(cache: NSACache, context: int) -> None:
-    cache.truncate(context, (context - cache.kernel_size) // cache.kernel_stride + 1)
-
-
 def check(layer: NSAAttention, cache: NSACache, x: torch.Tensor, context: int) -> dict[str, float]:
     """One step of the first two entries against float64; raises where it exceeds the bound. Leaves the context."""
     entries = min(2, cache.batch)
     y, _ = layer.decode(x, cache, route="fused")
     assert isinstance(cache.plan, FusedStep)
     picks = [set(row) for row in cache.plan.picks[: entries * cache.groups].tolist()]
-    rewind(cache, context)
+    cache.truncate(context)
     results = {}
     for dtype in (torch.float64, layer.project.weight.dtype):
         twin = NSAAttention(layer.config, flags=Flags(path="reference"), dtype=dtype, device="cuda")
@@ -181,7 +177,7 @@ def measure(name: str, context: int, room: int, branches: bool) -> dict[str, Any
     record: dict[str, Any] = {"case": name, "context": context, "room": room, "check": check(layer, cache, x, context)}
 
     def reset() -> None:
-        rewind(cache, context)
+        cache.truncate(context)
 
     def eager() -> None:
         layer.decode(x, cache, route="fused")

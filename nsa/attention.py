@@ -183,7 +183,7 @@ class NSAAttention(nn.Module):
             finished = True
         finally:
             if not finished:
-                cache.truncate(first, done)
+                cache.truncate(first)
         return y
 
     def _split(self, projected: Tensor, first: int) -> Parts:

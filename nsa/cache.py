@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import ArgumentError, ReserveError
+from .problem import compressed_count
 
 Branch = Literal["compression", "selection", "window"]
 BRANCHES: tuple[Branch, ...] = get_args(Branch)
@@ -168,10 +169,9 @@ class NSACache:
         self.length += steps
         self.compressed_length = self._count(self.length)
 
-    def truncate(self, length: int, compressed_length: int) -> None:
-        """Forget all tokens but the first ``length`` of each entry, and all compressed ones but those of what is left
-        and the first ``compressed_length``."""
-        compressed = min(self.compressed_length, compressed_length, self._count(length))
+    def truncate(self, length: int) -> None:
+        """Forget all tokens but the first ``length`` of each entry, and the compressed ones of what is forgotten."""
+        compressed = min(self.compressed_length, self._count(length))
         if self._behind:
             self.trim([min(self.length - missing, length) for missing in self._behind])
         else:
@@ -207,7 +207,7 @@ class NSACache:
             tensor.masked_fill_(~written[None, :, None, :, None], float("nan"))
 
     def _count(self, tokens: int) -> int:
-        return max(0, (tokens - self.kernel_size) // self.kernel_stride + 1)
+        return compressed_count(tokens, self.kernel_size, self.kernel_stride)
 
     def _storage(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.keys, self.values, self.compressed_keys, self.compressed_values

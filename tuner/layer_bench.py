@@ -234,12 +234,12 @@ class LayerBench(Bench):
             return step
         self._name(None)
         _, cache = layer.prefill(x[:, :-1], capacity=x.shape[1])
-        before = cache.length, cache.compressed_length
+        before = cache.length
 
         def decode() -> Tensor:
             layer.dispatch_table = table
             y, _ = layer.decode(x[:, -1:], cache, route="branches")  # the route that takes its paths from the table
-            cache.truncate(*before)
+            cache.truncate(before)
             return y
 
         return decode

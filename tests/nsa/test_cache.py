@@ -78,7 +78,7 @@ def test_truncating_forgets_the_last_tokens_only():
     first, second = rows(3, 0), rows(2, 1)
     cache.append(*first)
     cache.append(*second)
-    cache.truncate(3, 0)
+    cache.truncate(3)
     assert cache.length == 3
     assert torch.equal(cache.key("selection"), first[0]["selection"])
     cache.append(*second)
@@ -90,7 +90,7 @@ def test_truncating_keeps_entries_that_are_shorter_as_long_as_they_are():
     cache.append(*rows(8, 0))
     cache.trim([7, 4])
     for length, held in ((7, [7, 4]), (6, [6, 4]), (4, [4, 4])):
-        cache.truncate(length, 9)
+        cache.truncate(length)
         assert (cache.length, cache.lengths.tolist(), cache.ragged) == (length, held, held[0] != held[1])
 
 
@@ -98,7 +98,7 @@ def test_truncating_keeps_no_compressed_token_of_what_it_forgets():
     cache = cache_of()
     cache.append(*rows(8, 0))
     cache.append_compressed(torch.ones(2, 3, 3, 4), torch.ones(2, 3, 3, 5))
-    cache.truncate(7, 3)
+    cache.truncate(7)
     assert (cache.length, cache.compressed_length) == (7, 2)
 
 
