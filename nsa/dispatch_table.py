@@ -141,7 +141,7 @@ class DispatchTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         by_batch = self.__dict__["families"].get(_family(problem))
         if not by_batch:
             why = "no measurement of this kind of problem" if self.entries else "no dispatch table for this device"
-            return self._default(problem, "default", why)
+            return self._default(problem, why)
         for batch in sorted(batch for batch in by_batch if batch >= problem.B):
             contexts = by_batch[batch]
             if problem.T in contexts:
@@ -188,13 +188,12 @@ class DispatchTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             tied=entry.tied,
         )
 
-    def _default(self, problem: SelectionProblem, status: Status, reason: str) -> Choice:
-        kind = self.device.kind
-        candidate = default_candidate(problem, kind)
+    def _default(self, problem: SelectionProblem, reason: str) -> Choice:
+        candidate = default_candidate(problem, self.device.kind)
         return Choice(
             path=candidate.path,
             parameters=candidate.parameters,
-            status=status,
+            status="default",
             tier=self.__dict__["tier"],
             reason=reason,
         )
