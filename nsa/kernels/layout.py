@@ -16,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..errors import ArgumentError, UnsupportedPathError
 from ..selection import Selection
+from .support import padded as power_of_two
 
 LOG2E = 1.4426950408889634
 LOWEST = tl.constexpr(-1.0e30)
@@ -198,11 +199,6 @@ def finish(out, top, total, scale2):
     divisor = tl.where(some, total, 1.0)
     logsum = tl.where(some, top * scale2 + tl.math.log2(divisor), float("inf"))
     return out * (1.0 / divisor)[:, None], logsum
-
-
-def power_of_two(size: int, least: int = 1) -> int:
-    """The smallest power of two that is at least ``size`` and ``least``."""
-    return max(least, 1 << (size - 1).bit_length())
 
 
 def split_width(width: int) -> tuple[int, int]:
