@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .cache import Branch, NSACache, check_branch
 from .errors import ArgumentError, UnsupportedPathError
@@ -46,6 +46,8 @@ def unsupported_reason(layer: Layer, x: Tensor, cache: NSACache) -> str | None:
         return "fused does not run under autocast"
     if not dtype == weight.dtype == cache.keys.dtype or not device == weight.device == cache.keys.device:
         return "fused needs token, weights and cache of one dtype on one device"
+    if not type(layer.project) is type(layer.output) is nn.Linear:  # an adapter's forward adds to its base's weight
+        return f"fused reads weights of nn.Linear, got {type(layer.project).__name__}, {type(layer.output).__name__}"
     room = 2 * cache.reach if cache.length == cache.reach else cache.reach  # a full cache doubles before the step
     if room > MOST_BLOCKS * config.block_size:
         return f"fused ranks up to {MOST_BLOCKS} blocks, the cache has room for {room} tokens in this step"
@@ -99,6 +101,15 @@ def steering_flag(flags: Flags) -> str | None:
     return None if flags.ranges_v2 else "NSA_SEL_RANGES_V2=0 names how ranges are derived"
 
 
+def graph_key(
+    layer: Layer, cache: NSACache, branch: Branch | None, parameters: StepParameters | None
+) -> tuple[object, ...]:
+    """What a captured step depends on: all that a FusedStep does, and the weights of a learnt compression."""
+    learnt = (layer.compress_key, layer.compress_value) if layer.config.compression == "mlp" else ()
+    addresses = (weight.data_ptr() for module in learnt for weight in module.parameters())
+    return *step_key(layer, cache, branch, parameters), *addresses
+
+
 class DecodeGraph:
     """The fused step of a layer on a cache as one CUDA graph: captured once, replayed for every token.
 
@@ -119,6 +130,7 @@ class DecodeGraph:
         self.captures = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._step: FusedStep | None = None
+        self._key: tuple[object, ...] = ()
         self._x = torch.empty(cache.batch, 1, layer.config.dim, dtype=cache.keys.dtype, device=cache.keys.device)
         self._y = self._x
         reason = unsupported_reason(layer, self._x, cache)
@@ -132,9 +144,10 @@ class DecodeGraph:
             raise ArgumentError(f"x has shape {tuple(x.shape)}, expected {tuple(self._x.shape)}")
         self.cache.reserve(self.cache.length + 1)
         self._x.copy_(x)
-        key = step_key(self.layer, self.cache, self.branch, self.parameters)
-        if self._graph is None or self._step is None or self._step.key != key:
+        key = graph_key(self.layer, self.cache, self.branch, self.parameters)
+        if self._graph is None or self._step is None or self._key != key:
             self._graph, self._step = self._capture()
+            self._key = key
         self._graph.replay()
         self.cache.advance()
         self._step.report("forced", "asked for by DecodeGraph", replayed=True)

@@ -18,7 +18,7 @@ import nsa.attention  # noqa: E402  kernels load Triton, which asks for its mode
 from nsa import step  # noqa: E402
 from nsa.attention import NSAAttention, NSAConfig  # noqa: E402
 from nsa.cache import BRANCHES, NSACache  # noqa: E402
-from nsa.decode import DecodeGraph  # noqa: E402
+from nsa.decode import DecodeGraph, graph_key  # noqa: E402
 from nsa.errors import ArgumentError, FlagError, ReserveError, UnsupportedPathError  # noqa: E402
 from nsa.flags import Flags, read_flags  # noqa: E402
 from nsa.scoring import block_scores  # noqa: E402
@@ -395,6 +395,34 @@ def test_a_failed_step_leaves_the_cache_as_it_was(monkeypatch):
     with pytest.raises(RuntimeError, match="no memory"):
         layer.decode(x, cache, route="fused")
     assert (cache.length, cache.compressed_length, cache.lengths.tolist()) == (12, 2, [12])
+
+
+@pytest.mark.parametrize("name", ["project.weight", "gate_bias", "output.weight", "compress_value.hidden.bias"])
+def test_what_a_graph_is_captured_for_changes_where_a_weight_moves(name):
+    layer = layer_of("mlp")
+    _, cache = layer.prefill(tokens(1, 12, 10))
+    before = graph_key(layer, cache, None, None)
+    assert graph_key(layer, cache, None, None) == before
+    weight = layer.get_parameter(name)
+    weight.data = weight.data.clone()
+    assert graph_key(layer, cache, None, None) != before
+
+
+@pytest.mark.parametrize("name", ["project", "output"])
+def test_an_adapter_around_a_projection_is_never_left_out(name):
+    class Adapted(torch.nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 2
+
+    layer, x = layer_of("mean"), tokens(1, 13, 12)
+    plain = getattr(layer, name)
+    _, cache = layer.prefill(x[:, :11], capacity=16)
+    fused(layer, x[:, 11:12], cache)
+    adapted = Adapted(plain.in_features, plain.out_features, bias=False, device=DEVICE)
+    adapted.weight = plain.weight
+    setattr(layer, name, adapted)
+    with pytest.raises(UnsupportedPathError, match=r"nn\.Linear, got .*Adapted"):
+        layer.decode(x[:, 12:], cache, route="fused")
 
 
 def test_a_graph_without_cuda_is_refused():
