@@ -31,7 +31,13 @@ def fused_decode(layer: Layer, x: Tensor, cache: NSACache, branch: Branch | None
     """
     cache.reserve(cache.length + 1)
     step = step_of(layer, cache, branch)
-    y = step.run(x)
+    finished = False
+    try:
+        y = step.run(x)
+        finished = True
+    finally:
+        if not finished:
+            cache.truncate(cache.length)  # the device may have counted the token already
     if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         cache.advance()
     step.report(status, reason, replayed=False)

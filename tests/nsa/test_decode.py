@@ -397,6 +397,23 @@ def test_a_failed_step_leaves_the_cache_as_it_was(monkeypatch):
     assert (cache.length, cache.compressed_length, cache.lengths.tolist()) == (12, 2, [12])
 
 
+def test_a_step_that_fails_behind_its_kernels_counts_no_token_on_the_device(monkeypatch):
+    layer, x, plain = layer_of("mean"), tokens(2, 1, 12), torch.mm
+    _, cache = layer.prefill(tokens(2, 12, 12), capacity=16)
+    cache.trim([12, 9])
+
+    def fails(left: Tensor, right: Tensor, **options) -> Tensor:
+        if not options:  # the last product
+            raise RuntimeError("no memory")
+        return plain(left, right, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "mm", fails)
+        with pytest.raises(RuntimeError, match="no memory"):
+            layer.decode(x, cache, route="fused")
+    assert (cache.length, cache.lengths.tolist(), cache.ragged) == (12, [12, 9], True)
+
+
 @pytest.mark.parametrize("name", ["project.weight", "gate_bias", "output.weight", "compress_value.hidden.bias"])
 def test_what_a_graph_is_captured_for_changes_where_a_weight_moves(name):
     layer = layer_of("mlp")
