@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .device import installed
 from .dispatch import selection_attention
 from .dispatch_table import DispatchTable
+from .kernels.support import Route, by_triton
 from .opaque import opaque
 from .planning import Strict
 from .problem import compressed_count
@@ -25,7 +25,6 @@ from .trace import ParameterValue, announce, executed
 from .workspace import Workspace
 
 Compression = Literal["mean", "mlp"]
-Route = Literal["auto", "torch", "triton"]
 FLASH_ATTENTION = "flash_attn_compressed"
 
 
@@ -44,7 +43,7 @@ class MeanCompressor(nn.Module):
 @partial(opaque, when=lambda tokens, *_, **__: tokens.is_cuda)
 def mean_of_blocks(tokens: Tensor, kernel_size: int, kernel_stride: int, *, route: Route = "auto") -> Tensor:
     """``MeanCompressor``'s forward. ``route``: auto = triton on a GPU that has it."""
-    if route == "triton" or (route == "auto" and tokens.is_cuda and installed("triton")):
+    if by_triton(route, tokens):
         from .kernels.compress import MeanFunction  # Triton, loaded when first run
 
         tokens = tokens if tokens.stride(-1) == 1 else tokens.contiguous()

@@ -6,14 +6,12 @@ On a GPU one Triton kernel each way, which reads and writes every tensor once; e
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal, cast
+from typing import cast
 
 from torch import Tensor
 
-from .device import installed
+from .kernels.support import Route, by_triton
 from .opaque import opaque
-
-Route = Literal["auto", "torch", "triton"]
 
 
 @partial(opaque, when=lambda gates, *_, **__: gates.is_cuda)
@@ -21,7 +19,7 @@ def mix_branches(
     gates: Tensor, compression: Tensor, selection: Tensor, window: Tensor, *, route: Route = "auto"
 ) -> Tensor:
     """gates (B, S, G, h, 3), branches (B, S, G, h, Dv), one dtype -> (B, S, G, h, Dv), summed in float32 or wider."""
-    fused = route == "triton" or (route == "auto" and gates.is_cuda and installed("triton"))
+    fused = by_triton(route, gates)
     if fused and gates.dtype == compression.dtype == selection.dtype == window.dtype:
         from .kernels.mix import MixFunction  # Triton, loaded when first run
 

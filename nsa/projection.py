@@ -6,18 +6,16 @@ On a GPU one Triton kernel each way, which reads and writes every number once; e
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .cache import BRANCHES, Branch
 from .config import NSAConfig
-from .device import installed
+from .kernels.support import Route, by_triton
 from .opaque import opaque
 from .rotary import rotate
 
-Route = Literal["auto", "torch", "triton"]
 Parts = tuple[Tensor, Tensor, dict[Branch, Tensor], dict[Branch, Tensor]]
 
 
@@ -42,7 +40,7 @@ def split_projection(
     ``route``: auto = triton on a GPU that has it.
     """
     groups, width, value_width = config.num_kv_heads, config.head_dim, config.value_width
-    if route == "triton" or (route == "auto" and projected.is_cuda and installed("triton")):
+    if by_triton(route, projected):
         from .kernels.projection import SplitFunction  # Triton, loaded when first run
 
         query, gates, *rest = SplitFunction.apply(  # type: ignore[no-untyped-call]

@@ -15,14 +15,13 @@ scores that agree to 32 mantissa bits (2.3e-10) count as tied, which keeps ties 
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import ArgumentError, UnsupportedPathError
-from .kernels.support import device_reason
+from .kernels.support import Route, device_reason
 from .opaque import opaque
 from .problem import compressed_count
 from .rows import row_chunks
@@ -35,8 +34,6 @@ INDEX_BITS = 20
 
 FORCED = 0x7FF0_0000_0000_0000
 """Bits of float64 infinity: above every score."""
-
-Route = Literal["auto", "torch", "triton"]
 
 
 @partial(opaque, when=lambda query, *_, **__: query.is_cuda)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 import torch
+from torch import Tensor
 
 from ..attend import SDPA
 from ..device import installed
@@ -36,6 +37,15 @@ ITEMS = 2048
 """Items of the backward that an H200's 264 programs at a time share evenly."""
 BACKWARD = {"nsa_gradient_rows": 1, "nsa_gradient_block": 0, "nsa_gradient_query": 0, "nsa_gradient_key": 0}
 """Kernels of the common backward, and how often one call launches them; 0 = at least once."""
+
+
+Route = Literal["auto", "torch", "triton"]
+"""How an operation that is no path runs; ``auto`` = by Triton on a GPU that has it, else by torch's operators."""
+
+
+def by_triton(route: Route, tensor: Tensor) -> bool:
+    """Whether an operation on the tensor runs by Triton kernels."""
+    return route == "triton" or (route == "auto" and tensor.is_cuda and installed("triton"))
 
 
 class Ladder(TypedDict):

@@ -71,7 +71,7 @@ def evidence(
     """One launch of its kernel, of the one that makes the unions, and of the one that orders tokens; neither of the
     last two where every row selects its whole context. The interpreter leaves no trace."""
     launches = {}
-    if not (problem.complete and problem.S == problem.T <= problem.topk * problem.block_size):
+    if not (problem.complete and problem.dense):
         launches["nsa_union_entries"] = 1
         if parameters.get("order") == "overlap":
             launches["nsa_union_order"] = 1
