@@ -44,9 +44,10 @@ class CompareRun(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def of_itself(self) -> bool:
-        """Whether one tree was named twice, as by ``nsa-tune selftest``: that tells of the machine, of no commit."""
+        """Whether it is of one commit twice, as ``nsa-tune selftest`` makes: that tells of the machine, of no commit.
+        Two commits that hold the same code are a comparison."""
         base, head = self.result.base, self.result.head
-        return (base.asked, base.digest) == (head.asked, head.digest)
+        return (base.commit, base.digest) == (head.commit, head.digest)
 
     @property
     def trees(self) -> tuple[str, str]:

@@ -212,9 +212,6 @@ def missing(found: Validation) -> Iterable[Reason]:
     compared = {each.scenario.split()[0] for each in found.compare.result.scenarios} if found.compare else set()
     if found.compare is None:
         yield Reason(rule="missing", text=f"no comparison with base; run '{HOW['compare']}'")
-    elif with_itself(found.compare.result):
-        text = f"base and head are one commit, so nothing was compared; run '{HOW['compare']}'"
-        yield Reason(rule="missing", text=text)
     for mode in ("decode", "prefill"):
         if mode not in compared and not any(record.outcome == "ok" for record in found.of_mode(mode)):
             yield Reason(rule="missing", text=f"nothing of {mode}; run '{HOW[mode]}'")
@@ -229,12 +226,6 @@ def missing(found: Validation) -> Iterable[Reason]:
     for run in found.training:
         if 0 < len(losses_of(run)) < LEAST_STEPS:
             yield Reason(rule="missing", text=f"training {run.label}: {len(losses_of(run))} losses show no learning")
-
-
-def with_itself(result: CompareResult) -> bool:
-    """Whether one commit was compared with itself. Two commits that hold the same code are a comparison."""
-    base, head = result.base, result.head
-    return bool(base.commit) and (base.commit, base.digest) == (head.commit, head.digest)
 
 
 def commits(found: Validation) -> Iterable[Reason]:

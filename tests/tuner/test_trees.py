@@ -57,7 +57,7 @@ def test_two_commits_live_side_by_side_and_share_nothing(repository: Repository)
         assert base.dispatch_stats().calls == head.dispatch_stats().calls
         base.selection_attention(query, key, key, selections[0])
         assert base.dispatch_stats().calls != head.dispatch_stats().calls
-        with pytest.raises(AttributeError):
+        with pytest.raises(sys.modules["nsa_base.errors"].ArgumentError):
             base.selection_attention(query, key, key, None)
 
 
