@@ -29,10 +29,11 @@ FILES = (
 LEFT_OUT = "not graph and not replay and not capture and not never_synchronises"
 
 
-def command(sanitizer: str, tool: str, file: str) -> list[str]:
+def command(sanitizer: str, tool: str, file: str, workers: int = 0) -> list[str]:
     """A file's tests under a tool; leaks are of no interest, and one error is as good as a thousand."""
     options = ["--tool", tool, "--error-exitcode", "9", "--print-limit", "5"]
-    tests = ["-m", "pytest", "-p", "no:cacheprovider", "-k", LEFT_OUT, f"tests/nsa/{file}.py"]
+    spread = ["-n", str(workers)] if workers else []
+    tests = ["-m", "pytest", "-p", "no:cacheprovider", *spread, "-k", LEFT_OUT, f"tests/nsa/{file}.py"]
     return [sanitizer, *options, sys.executable, *tests]
 
 
@@ -51,7 +52,7 @@ def sanitized(options: argparse.Namespace, stop: float, file: str) -> bool:
     began = time.monotonic()
     limit = ["timeout", "--kill-after=5", f"{max(1.0, stop - began):.0f}"]  # of the sanitizer and what it started
     done = subprocess.run(
-        [*limit, *command(options.sanitizer, options.tool, file)],
+        [*limit, *command(options.sanitizer, options.tool, file, options.workers)],
         cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     printed = done.stdout + done.stderr
@@ -71,6 +72,7 @@ def main() -> int:
     found = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     parser.add_argument("--sanitizer", default=found, required=found is None, help="the program, where it is not found")
     parser.add_argument("--processes", type=int, default=1, help="files at a time")
+    parser.add_argument("--workers", type=int, default=0, help="of a file's tests, by pytest-xdist; 0: one process")
     options = parser.parse_args()
     run = partial(sanitized, options, time.monotonic() + options.time_limit)
     with ThreadPool(options.processes) as pool:

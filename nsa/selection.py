@@ -113,6 +113,8 @@ class Selection:
         complete: bool = False,
     ) -> Selection:
         batch, queries = indices.shape[:2]
+        if overlap not in ("low", "high"):
+            raise ArgumentError(f"overlap is {overlap!r}, expected 'low' or 'high'")
         _check_integers("indices", indices)
         if min(indices.shape) < 1:
             raise ArgumentError(f"a selection needs at least one row and one slot, got shape {tuple(indices.shape)}")

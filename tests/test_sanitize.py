@@ -33,3 +33,8 @@ def test_clean_is_tests_that_passed_and_a_summary_without_errors(output: str, co
 
 def test_every_file_of_the_run_exists() -> None:
     assert all((sanitize.ROOT / "tests" / "nsa" / f"{file}.py").exists() for file in sanitize.FILES)
+
+
+def test_a_files_tests_are_spread_over_workers_where_asked() -> None:
+    assert sanitize.command("s", "memcheck", "test_decode", 4)[-5:-3] == ["-n", "4"]
+    assert "-n" not in sanitize.command("s", "memcheck", "test_decode")

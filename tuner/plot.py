@@ -114,7 +114,7 @@ def gallery_text(gallery: Sequence[Sheet], environment: Environment, run: Path) 
         f"| `{sweep_command_line(environment.sweep)}`, then `nsa-tune plot {shown}` "
         f"| `{environment.run_id}` | `{environment.commit}` "
         f"| {environment.device.get('name')} (`{environment.device.get('slug')}`) |\n",
-        "64/4 heads: 64 query heads on 4 key/value heads. The sweep's axes: `environment.json`.\n",
+        "Heads are query heads / key/value heads. The sweep's axes: `environment.json`.\n",
     ]
     parts += [f"## {sheet.shows}\n\n![{sheet.shows}]({sheet.name}.svg)\n" for sheet in gallery]
     return "\n".join(parts if gallery else [*parts, "Nothing was measured, so there is nothing to show.\n"])

@@ -176,7 +176,7 @@ def families(sweep: SweepDefinition, device_kind: str) -> list[Family]:
                     mode=mode, dtype=dtype, B=batch, S=1 if mode == "decode" else context, T=context, G=groups,
                     h=heads // groups, Dk=key_dim, Dv=value_dim or key_dim, execution=execution, cache=state, **fields,
                 )
-                for context in sorted(axes.contexts)
+                for context in sorted(set(axes.contexts))
             )  # fmt: skip
         except ArgumentError as error:
             raise SweepError(f"sweep {sweep.name!r}: {error}") from error

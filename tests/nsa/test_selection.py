@@ -53,6 +53,11 @@ def test_ranges_v1_equals_v2(block_size, queries, topk, dtype):
     assert loop.any() == bool(((blocks >= 0) & (blocks * block_size < limits[:, :, None, None])).any())
 
 
+def test_an_overlap_that_no_table_knows_is_refused():
+    with pytest.raises(ArgumentError, match="'mid', expected 'low' or 'high'"):
+        Selection.from_blocks(torch.zeros(1, 1, 1, 2, dtype=torch.int32), block_size=4, context_length=8, overlap="mid")
+
+
 def test_huge_block_indices_do_not_overflow_into_keys():
     blocks = torch.tensor([[[[2**31 - 1, 0]]]], dtype=torch.int32)
     selection = Selection.from_blocks(blocks, block_size=64, context_length=100)

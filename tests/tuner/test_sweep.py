@@ -121,6 +121,11 @@ def test_a_sweep_expands_to_a_family_per_crossing_and_contexts_ascending(tmp_pat
             assert problem.S in (1, problem.T)
 
 
+def test_a_context_that_is_named_twice_is_measured_once(tmp_path: Path) -> None:
+    definition = read_sweep(written(tmp_path), ["contexts=64,32,64"])
+    assert {tuple(problem.T for problem in family.problems) for family in families(definition, "cpu")} == {(32, 64)}
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
