@@ -39,7 +39,7 @@ SLOWDOWN = 0.04
 TRIAL_PRODUCTS = 15  # about 4 % here: the first of them costs more than the rest, so count near the aim
 CALIBRATION_S = 90.0
 BLOCK = 30  # samples per arm of the sequential comparison
-MARK = "    rows = pack_queries("
+MARK = "    rows = widened(pack_queries("
 EXTRA = """
 
 _EXTRA = torch.ones(16, 16)
