@@ -90,6 +90,11 @@ class DispatchEntry(SelectionProblem, frozen=True, kw_only=True, forbid_unknown_
         """The problem alone, as lookups ask for it."""
         return SelectionProblem(**{name: getattr(self, name) for name in SelectionProblem.__struct_fields__})
 
+    @property
+    def certified(self) -> bool:
+        """Whether the pick is faster than what it is compared with, by its interval; else it is a tie."""
+        return self.ratio_high is not None and self.ratio_high < 1
+
     def default_failed(self, kind: str) -> bool:
         """Whether, on a kind of device, it is compared with what stood in for the default: with none of its paths."""
         defaults = DEFAULT_PATHS[self.operation][kind, self.mode]

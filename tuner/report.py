@@ -23,6 +23,7 @@ from nsa.device import device_identity
 from nsa.dispatch_entry import DispatchEntry
 from nsa.dispatch_table import DispatchTable
 from nsa.problem import Mode
+from tuner.measure import KNOWN
 from tuner.record import Environment, Record, Value
 from tuner.regret import Regret
 from tuner.search import Listener
@@ -32,7 +33,6 @@ TABLE_WIDTH = 110
 LEADERS = 6
 BUSY = 0.02
 """By how much work may read otherwise than it is known to be before we say so."""
-KNOWN = ("1.00", "1.01", "1.04")
 MODES: tuple[Mode, ...] = get_args(Mode)
 FAILED = ("wrong", "fell_back", "oom", "crash", "hang", "compile_error")
 
@@ -245,7 +245,7 @@ def ratio_texts(entry: DispatchEntry, kind: str) -> tuple[str, str]:
         return "nothing to compare with", ""
     high = "?" if entry.ratio_high is None else f"{entry.ratio_high:.3f}"
     low = "0" if entry.ratio_low is None else f"{entry.ratio_low:.3f}"
-    tie = ", tied" if entry.ratio_high is None or entry.ratio_high >= 1 else ""
+    tie = "" if entry.certified else ", tied"
     return f"{entry.ratio:.3f} of {compared_with(entry, kind)}{tie}", f"[{low}, {high}]"
 
 

@@ -25,7 +25,7 @@ from nsa.problem import SelectionProblem
 from tuner import stats, verdict
 from tuner.finalists import finalists, screened, stand_in, stood_in
 from tuner.ledger import Ledger, Progress
-from tuner.measure import CALLS_PER_GRAPH
+from tuner.measure import CALLS_PER_GRAPH, KNOWN
 from tuner.record import (
     DEFAULT_REGISTRY,
     Environment,
@@ -323,7 +323,7 @@ def read_self_test(timings: dict[str, Timing]) -> dict[str, Value]:
     """The timer self-test as figures: measured ratio and interval per known ratio."""
     samples = aligned({name: by_round(timing.samples) for name, timing in timings.items()})
     found: dict[str, Value] = {}
-    for known in ("1.00", "1.01", "1.04"):
+    for known in KNOWN:
         shown = verdict.compare(verdict.log_ratios(samples["base"], samples[known]), alpha=0.001, effect=0.0)
         found[f"{known} reads"] = round(shown.ratio or 0.0, 5)
         found[f"{known} low"] = round(shown.ratio_low, 5)

@@ -20,6 +20,7 @@ from tuner.compare_report import audit_text
 from tuner.drill import ITEMS, Item
 from tuner.hiring import TIMEOUT_S, Asks, Hire, hire_for
 from tuner.judge import CompareResult
+from tuner.measure import KNOWN
 from tuner.record import Outcome
 from tuner.rounds import aligned, by_round
 from tuner.sweep import read_sweep
@@ -29,7 +30,6 @@ from tuner.verdict import Comparison
 from tuner.worker import CandidateFailed, Worker, WorkerDied
 
 TIMER_ROUNDS, LAUNCHES = 60, 3
-KNOWN = {"1.00": 0.0, "1.01": 0.01, "1.04": 0.04}
 TIMER_WITHIN = 0.005
 """How far the timer's ratio may be from a known one."""
 
@@ -55,7 +55,7 @@ class SelfTest(msgspec.Struct, frozen=True, kw_only=True):
     def timer_right(self) -> bool:
         """Whether every known ratio was read to half a per cent."""
         return all(
-            found.ratio is not None and abs(found.ratio - 1.0 - KNOWN[name]) <= TIMER_WITHIN
+            found.ratio is not None and abs(found.ratio - float(name)) <= TIMER_WITHIN
             for name, found in self.timer.items()
         )
 

@@ -199,15 +199,10 @@ def kept_entries(
 
 def weaker(old: Iterable[DispatchEntry], fresh: Iterable[DispatchEntry]) -> str:
     """A word on certified picks in whose place a newer run, for want of time or quiet, puts a tie; '' without any."""
-    ties = {(entry.problem(), entry.level) for entry in fresh if not certified(entry)}
-    lost = [entry for entry in old if certified(entry) and (entry.problem(), entry.level) in ties]
+    ties = {(entry.problem(), entry.level) for entry in fresh if not entry.certified}
+    lost = [entry for entry in old if entry.certified and (entry.problem(), entry.level) in ties]
     if not lost:
         return ""
     picks = ", ".join(f"{entry.mode} B{entry.B} T={entry.T} {entry.path}" for entry in lost)
     runs = ", ".join(dict.fromkeys(entry.run_id for entry in lost))
     return f"certified before and a tie by this run: {picks}; sweep longer, or export {runs} again to have them back"
-
-
-def certified(entry: DispatchEntry) -> bool:
-    """Whether the pick is faster than what it is compared with, by its interval."""
-    return entry.ratio_high is not None and entry.ratio_high < 1

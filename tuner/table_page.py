@@ -100,7 +100,7 @@ def cell(entry: DispatchEntry, *, kind: str) -> str:
     if entry.ratio is None:
         return text
     high = "?" if entry.ratio_high is None else f"{entry.ratio_high:.3g}"
-    tie = "" if entry.ratio_high is not None and entry.ratio_high < 1 else ", *tied*"
+    tie = "" if entry.certified else ", *tied*"
     notes = (", *no default*" if entry.default_failed(kind) else "") + (", *hinted*" if entry.hinted else "")
     return f"{text}, {entry.ratio:.3g} [{entry.ratio_low or 0:.3g}, {high}]{tie}{notes}"
 

@@ -14,7 +14,7 @@ from nsa.dispatch_table import DispatchTable, read_dispatch_table
 from nsa.errors import DispatchTableError
 from nsa.problem import SelectionProblem
 from tuner.record import Environment, Record, RecordError, RunFolder, Sample, run_folders
-from tuner.table import certified, entries_of, entry_of, write_table
+from tuner.table import entries_of, entry_of, write_table
 
 PARAMETERS = {
     "gather": {"row_chunk": 0},
@@ -255,7 +255,7 @@ def test_a_certified_pick_that_a_later_run_could_not_certify_is_named_with_its_r
     file = tmp_path / "cpu.json"
     write_table(file, run(tmp_path, [*pair(32, run_id="old-run"), *pair(64, run_id="old-run")]), keep=True)
     table, word = write_table(file, run(tmp_path, [*pair(32, us=100.0), *pair(64)]), keep=True)
-    assert [certified(entry) for entry in sorted(table.entries, key=lambda entry: entry.T)] == [False, True]
+    assert [entry.certified for entry in sorted(table.entries, key=lambda entry: entry.T)] == [False, True]
     assert word.startswith("certified before and a tie by this run: decode B1 T=32 dense; ")
     assert "export old-run again" in word
 
