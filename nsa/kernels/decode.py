@@ -2,6 +2,10 @@
 
 The combination costs no second launch: a counter per row, which its last program sets back to zero. The counters
 outlive the call; a capture gets counters of its own, so that graphs and eager calls never share one.
+
+By dependent launches the next kernel starts while this one still runs, and waits for its end. The combination may do so
+at once, being small. What follows the call's last kernel may not before that has loaded all it needs: programs of the
+next call that wait in a multiprocessor keep its shared memory, and those that find none elsewhere wait two to one.
 """
 
 from __future__ import annotations
@@ -113,8 +117,10 @@ def nsa_decode_forward(
     A slot's keys are asked for as soon as its index is there, STEP at a time; whether an earlier slot holds the same
     block is found out meanwhile.
     """
+    LAST: tl.constexpr = INSIDE or SPLITS == 1
     if DEPENDENT:
-        gdc_launch_dependents()
+        if not LAST:
+            gdc_launch_dependents()
         gdc_wait()
     M: tl.constexpr = max(HP, 16)
     PARTS: tl.constexpr = BS // STEP
@@ -164,6 +170,8 @@ def nsa_decode_forward(
         total = total * decay + tl.sum(weight, 1)
         out = tl.dot(weight.to(v.dtype), v, out * decay[:, None], input_precision="ieee")
         top = new_top
+    if DEPENDENT and LAST:
+        gdc_launch_dependents()
     place = place.to(tl.int64)
     keep = (heads < H)[:, None] & (columns < DV)[None, :]
     if SPLITS == 1:
@@ -190,7 +198,6 @@ def nsa_decode_combine(PART, OUT, LSE, H: tl.constexpr, DV: tl.constexpr, DVP: t
                        DEPENDENT: tl.constexpr):  # fmt: skip
     """Grid (B * S * G * H,): the same combination as a launch of its own, head by head."""
     if DEPENDENT:
-        gdc_launch_dependents()
         gdc_wait()
     pid = tl.program_id(0)
     row = (pid // H).to(tl.int64)
@@ -203,6 +210,8 @@ def nsa_decode_combine(PART, OUT, LSE, H: tl.constexpr, DV: tl.constexpr, DVP: t
     totals = tl.load(stat + H)
     inside = (columns < DV)[None, :]
     outs = tl.load(PART + ((part * H + head) * DV)[:, None] + columns[None, :], mask=inside, other=0.0)
+    if DEPENDENT:
+        gdc_launch_dependents()
     top = tl.max(tops, 0)
     weight = tl.math.exp2(tops - top)
     total = tl.sum(weight * totals, 0)
