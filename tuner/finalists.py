@@ -38,6 +38,13 @@ def finalists(records: Sequence[Record], base: Candidate) -> list[Candidate]:
     return [made[name] for name in dict.fromkeys((*near, *list(by_path.values())[:2]))]
 
 
+def fastest_first(candidates: Sequence[Candidate], elsewhere: Sequence[Mapping[str, float]]) -> list[Candidate]:
+    """Candidates by what they took elsewhere, those that nobody knows behind; ``elsewhere``: of other problems what
+    ``screened`` says, the most alike last."""
+    ratios = {name: ratio for known in elsewhere for name, ratio in known.items()}
+    return sorted(candidates, key=lambda candidate: ratios.get(candidate.name, math.inf))
+
+
 def stood_in(records: Sequence[Record], default: Candidate) -> Candidate:
     """The baseline that screening has settled on: the default, or where that failed what was timed in its place."""
     if any(record.candidate == default.name and record.outcome != "ok" for record in records):

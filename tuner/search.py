@@ -7,6 +7,7 @@ nothing itself: ``tuner.verdict`` says when a shoot-out is settled and ``tuner.t
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -23,7 +24,7 @@ from nsa.defaults import default_candidate
 from nsa.paths import Candidate, SelectionPath
 from nsa.problem import SelectionProblem
 from tuner import stats, verdict
-from tuner.finalists import finalists, screened, stand_in, stood_in
+from tuner.finalists import fastest_first, finalists, screened, stand_in, stood_in
 from tuner.ledger import Ledger, Progress
 from tuner.measure import CALLS_PER_GRAPH, KNOWN
 from tuner.record import (
@@ -148,6 +149,7 @@ class Search:
             last = generation == ledger.generations - 1
             for index, problem in enumerate(family.problems):
                 alive = [proposal.candidate for proposal in progress.alive]
+                alive = fastest_first(alive, self.elsewhere(family, problem))
                 self.screen(family, problem, alive, thorough=index == 0)
                 found = self.of(family, problem, "screen")
                 progress.report(problem.T, screened(found, self.baseline(family, problem)), found)
@@ -159,7 +161,8 @@ class Search:
     def screen(self, family: Family, problem: SelectionProblem, candidates: list[Candidate], *, thorough: bool) -> None:
         """Assess and time what no record knows yet, in rounds shared with the baseline.
 
-        Out of time, only the first candidate of each path is still taken: every path is measured on every problem.
+        Out of time, only the first candidate of each path is still taken: every path is measured on every problem, by
+        what was fastest at the nearest context.
         """
         known = {record.candidate for record in self.of(family, problem, "screen")}
         fresh = [candidate for candidate in candidates if candidate.name not in known]
@@ -222,6 +225,12 @@ class Search:
     def baseline(self, family: Family, problem: SelectionProblem) -> Candidate:
         """What others are compared with: the default, or where that failed what stood in for it when screened."""
         return stood_in(self.of(family, problem, "screen"), self.default(problem))
+
+    def elsewhere(self, family: Family, problem: SelectionProblem) -> list[dict[str, float]]:
+        """What screening says of the family's other problems so far, the nearest context last."""
+        others = (other for other in family.problems if other != problem)
+        far_first = sorted(others, key=lambda other: abs(math.log(other.T / problem.T)), reverse=True)
+        return [screened(self.of(family, other, "screen"), self.baseline(family, other)) for other in far_first]
 
     def default(self, problem: SelectionProblem) -> Candidate:
         """The literal default."""

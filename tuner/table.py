@@ -170,14 +170,18 @@ def write_table(path: Path, folder: RunFolder, *, keep: bool) -> tuple[DispatchT
     except msgspec.ValidationError as error:
         raise RecordError(f"{folder.environment_file}: not an environment of a sweep: {error}") from error
     fresh = entries_of(records)
-    kept, word = kept_entries(path, device, software, fresh) if keep and path.exists() else ([], "")
+    kept, word = kept_entries(path, device, software, fresh, records) if keep and path.exists() else ([], "")
     table = DispatchTable(device=device, software=software, entries=(*kept, *fresh))
     write_whole(path, table.encode())
     return table, word
 
 
 def kept_entries(
-    path: Path, device: DeviceIdentity, software: SoftwareIdentity, fresh: list[DispatchEntry]
+    path: Path,
+    device: DeviceIdentity,
+    software: SoftwareIdentity,
+    fresh: list[DispatchEntry],
+    records: Iterable[Record],
 ) -> tuple[list[DispatchEntry], str]:
     """Entries of an existing table for problems that were not measured now at their level, and a word on what was left
     out."""
@@ -187,22 +191,48 @@ def kept_entries(
     if stale := old.software.stale_against(software):
         return [], f"left out {len(old.entries)} entries of {path}: {stale}; sweep them again"
     measured = {(entry.problem(), entry.level) for entry in fresh}
-    hinted = {(entry.problem(), entry.run_id) for entry in old.entries if (entry.problem(), entry.level) in measured}
+    twins = {(entry.problem(), entry.run_id) for entry in old.entries if (entry.problem(), entry.level) in measured}
 
     def outlived(entry: DispatchEntry) -> bool:
         """Written beside one for the same calls with the hint, which was measured again."""
-        return (msgspec.structs.replace(entry.problem(), complete=True), entry.run_id) in hinted
+        return (hinted(entry.problem()), entry.run_id) in twins
 
     kept = [entry for entry in old.entries if (entry.problem(), entry.level) not in measured and not outlived(entry)]
-    return kept, weaker(old.entries, fresh)
+    return kept, "; ".join(filter(None, (weaker(old.entries, fresh), untried(old.entries, fresh, records))))
+
+
+def hinted(problem: SelectionProblem) -> SelectionProblem:
+    """The same problem of selections that say that they are complete."""
+    return msgspec.structs.replace(problem, complete=True)
 
 
 def weaker(old: Iterable[DispatchEntry], fresh: Iterable[DispatchEntry]) -> str:
     """A word on certified picks in whose place a newer run, for want of time or quiet, puts a tie; '' without any."""
     ties = {(entry.problem(), entry.level) for entry in fresh if not entry.certified}
     lost = [entry for entry in old if entry.certified and (entry.problem(), entry.level) in ties]
+    return lost_picks("certified before and a tie by this run", lost)
+
+
+def untried(old: Iterable[DispatchEntry], fresh: Iterable[DispatchEntry], records: Iterable[Record]) -> str:
+    """A word on picks in whose place a newer run puts others without having tried them; '' without any."""
+    now = {entry.problem() for entry in fresh if entry.level == "branch"}
+    tried: dict[SelectionProblem, list[Record]] = {}
+    for group in by_problem(records).values():
+        tried.setdefault(hinted(msgspec.convert(group[0].problem, SelectionProblem)), []).extend(group)
+
+    def met(entry: DispatchEntry) -> bool:
+        """By its path and parameters, of which an older entry may know fewer."""
+        beside = tried.get(hinted(entry.problem()), [])
+        return any(one.path == entry.path and entry.parameters.items() <= one.parameters.items() for one in beside)
+
+    lost = [entry for entry in old if entry.level == "branch" and entry.problem() in now and not met(entry)]
+    return lost_picks("replaced without having been tried by this run", lost)
+
+
+def lost_picks(how: str, lost: list[DispatchEntry]) -> str:
+    """A word on entries that a newer run replaces, and where they stand."""
     if not lost:
         return ""
     picks = ", ".join(f"{entry.mode} B{entry.B} T={entry.T} {entry.path}" for entry in lost)
     runs = ", ".join(dict.fromkeys(entry.run_id for entry in lost))
-    return f"certified before and a tie by this run: {picks}; sweep longer, or export {runs} again to have them back"
+    return f"{how}: {picks}; sweep longer, or export {runs} again to have them back"

@@ -12,11 +12,13 @@ import pytest
 import torch
 from optuna.storages.journal import JournalFileBackend
 
+from nsa.defaults import default_candidate
 from nsa.device import device_identity, software_identity
-from nsa.paths import PATHS, Parameter
+from nsa.paths import PATHS, Candidate, Parameter
+from nsa.problem import SelectionProblem
 from tests.tuner import misbehaving
 from tuner.measure import CALLS_PER_GRAPH
-from tuner.record import Environment, Record, RunFolder, by_problem, resume_or_start
+from tuner.record import Environment, Record, RunFolder, Sample, by_problem, resume_or_start
 from tuner.report import compared_with
 from tuner.search import Listener, Search, fewest_pairs
 from tuner.space import EFFORTS, narrowed, reserve_rungs, space_of
@@ -316,6 +318,40 @@ def test_progress_goes_from_nothing_to_everything(resumed: Swept) -> None:
     assert all(0.0 <= left <= 4.0 for _, left in resumed.heard.told)
     assert resumed.heard.done == sorted(resumed.heard.done)
     assert 0.0 <= resumed.heard.done[0] <= resumed.heard.done[-1] <= 1.0
+
+
+def test_where_time_is_out_a_path_is_measured_by_what_was_fastest_at_the_nearest_context(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = written(tmp_path, ("gather", "packed"))
+    file.write_text(
+        file.read_text().replace("[32, 64]", "[32, 64, 256]").replace("rounding = [16]", "rounding = [64, 16]")
+    )
+    sweep = search(file, tmp_path / "out")
+    (family,) = sweep.families
+    ratios = {32: {64: 0.7, 16: 0.5}, 64: {64: 0.6, 16: 0.8}}
+    asked: dict[int, list[int]] = {}
+
+    def screened(_: Search, __: Any, problem: SelectionProblem, candidates: list[Candidate], **___: bool) -> None:
+        packed = [candidate for candidate in candidates if candidate.path == "packed"]
+        asked[problem.T] = [int(candidate.parameters["bucket_rounding"]) for candidate in packed]
+        base = default_candidate(problem, "cpu")
+        for one in (base, *packed):
+            us = 100.0 * ratios.get(problem.T, {}).get(int(one.parameters.get("bucket_rounding", 0)), 1.0)
+            sweep.records.append(
+                Record(
+                    run_id="r", commit="c", date="d", stage="screen", problem=msgspec.to_builtins(problem),
+                    pattern=family.pattern, path=one.path, parameters=one.parameters, baseline=one == base,
+                    outcome="ok", samples=[Sample(0, 0, us)],
+                )
+            )  # fmt: skip
+
+    monkeypatch.setattr(Search, "screen", screened)
+    monkeypatch.setattr(Search, "shoot_out", lambda *_: None)
+    sweep.folder = RunFolder(tmp_path / "run")
+    sweep.folder.path.mkdir()
+    sweep.run_family(family)
+    assert asked == {32: [64, 16], 64: [16, 64], 256: [64, 16]}
 
 
 # Paths that misbehave

@@ -260,6 +260,19 @@ def test_a_certified_pick_that_a_later_run_could_not_certify_is_named_with_its_r
     assert "export old-run again" in word
 
 
+def test_a_pick_that_a_later_run_replaces_without_having_tried_it_is_named_with_its_run(tmp_path: Path) -> None:
+    file, posed = tmp_path / "cpu.json", msgspec.to_builtins(problem(32))
+    write_table(file, run(tmp_path, pair(32, run_id="old-run")), keep=True)
+    others = [record("gather", problem=posed), record("packed", 50.0, problem=posed)]
+    table, word = write_table(file, run(tmp_path, others), keep=True)
+    assert [entry.path for entry in table.entries] == ["packed"]
+    assert word.startswith("replaced without having been tried by this run: decode B1 T=32 dense; ")
+    assert "export old-run again" in word
+    slow = record("dense", 80.0, problem=posed, stage="screen")  # tried: screening left it out
+    assert write_table(file, run(tmp_path, pair(32, run_id="old-run")), keep=True)[1] != ""
+    assert write_table(file, run(tmp_path, [*others, slow]), keep=True)[1] == ""
+
+
 def test_an_environment_without_a_device_is_an_error_that_names_its_file(tmp_path: Path) -> None:
     folder = run(tmp_path, pair(32))
     whole = msgspec.json.decode(folder.environment_file.read_bytes())
