@@ -43,7 +43,8 @@ class Oracle:
         part = selected_rows(inputs, self.rows)
         self.truth = reference.run(*part, scale=scale)
         part_of_most = max(4 * torch.finfo(inputs.query.dtype).eps, 2 * weight_error)
-        floor = part_of_most * float(inputs.value.nan_to_num().abs().max())
+        most = max(float(part.nan_to_num().abs().max()) for part in inputs.value)  # whole, a copy or two of the cache
+        floor = part_of_most * most
         self.bound = max(2 * self._usual_error(part, scale), floor)
         if not self.bound < float("inf"):
             raise ArgumentError("the oracle's bound is not finite: the working dtype overflows on these inputs")

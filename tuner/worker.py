@@ -99,6 +99,7 @@ def serve(connection: Connection, device: str, memory_limit_bytes: int, stderr: 
                 bench = answer = None
                 release_memory(device)
                 bench = open_bench(argument, about, memory_limit_bytes)
+                release_memory(device)  # of what the inputs were made from, before anything small settles in it
                 answer = bench.prepared()
             elif verb == "forget":
                 bench = answer = None
