@@ -91,6 +91,7 @@ STEPS = (
           "A-64k-random,A-16k-random,A-4k-random,A-1k-random,P-16k-random,G1-16k-random,H4-16k-random,A-16k-scored,"
           "A-16k-smooth,A-64k-scored,A-64k-smooth"),
     sweep("decode-graphs-contexts", 120, "h200-64-4-decode-contexts", "execution=graph"),
+    sweep("decode-graphs-batches", 150, "h200-64-4-decode-batches", "execution=graph"),
     sweep("decode-graphs-16-16", 90, "h200-16-16-decode", "execution=graph"),
     sweep("decode-graphs-paper", 90, "h200-paper-decode", "execution=graph"),
     sweep("decode-graphs-others", 150, "h200-others-decode", "execution=graph"),
