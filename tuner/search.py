@@ -149,7 +149,6 @@ class Search:
             last = generation == ledger.generations - 1
             for index, problem in enumerate(family.problems):
                 alive = [proposal.candidate for proposal in progress.alive]
-                alive = fastest_first(alive, self.elsewhere(family, problem))
                 self.screen(family, problem, alive, thorough=index == 0)
                 found = self.of(family, problem, "screen")
                 progress.report(problem.T, screened(found, self.baseline(family, problem)), found)
@@ -170,7 +169,8 @@ class Search:
             return
         self._hold(family, problem)
         base, deadline = self.baseline(family, problem), time.monotonic() + self._share(1.0 - SHOOTOUT_SHARE)
-        wanted = [base, *(candidate for candidate in fresh if candidate != base)]
+        given = [base, *(candidate for candidate in fresh if candidate != base)]
+        wanted = [base, *fastest_first(given[1:], self.elsewhere(family, problem))]
         ready: list[Candidate] = []
 
         def begun(candidate: Candidate) -> None:
@@ -183,6 +183,7 @@ class Search:
             else:
                 self._fail(family, problem, "screen", candidate, assessment)
         self._working(family, problem, f"screening {len(ready)} candidates")
+        ready.sort(key=given.index)  # who stands in for a default that failed is no matter of speed
         if ready:
             self._time(family, problem, "screen", ready, SCREEN_ROUNDS, base)
 

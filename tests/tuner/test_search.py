@@ -12,10 +12,8 @@ import pytest
 import torch
 from optuna.storages.journal import JournalFileBackend
 
-from nsa.defaults import default_candidate
 from nsa.device import device_identity, software_identity
 from nsa.paths import PATHS, Candidate, Parameter
-from nsa.problem import SelectionProblem
 from tests.tuner import misbehaving
 from tuner.measure import CALLS_PER_GRAPH
 from tuner.record import Environment, Record, RunFolder, Sample, by_problem, resume_or_start
@@ -332,23 +330,23 @@ def test_where_time_is_out_a_path_is_measured_by_what_was_fastest_at_the_nearest
     ratios = {32: {64: 0.7, 16: 0.5}, 64: {64: 0.6, 16: 0.8}}
     asked: dict[int, list[int]] = {}
 
-    def screened(_: Search, __: Any, problem: SelectionProblem, candidates: list[Candidate], **___: bool) -> None:
-        packed = [candidate for candidate in candidates if candidate.path == "packed"]
-        asked[problem.T] = [int(candidate.parameters["bucket_rounding"]) for candidate in packed]
-        base = default_candidate(problem, "cpu")
-        for one in (base, *packed):
+    def prove(wanted: list[Candidate], _: float, *, thorough: bool, begun: Any) -> list[Candidate]:
+        problem = family.problems[len(asked)]
+        asked[problem.T] = [int(one.parameters["bucket_rounding"]) for one in wanted if one.path == "packed"]
+        for one in wanted:
             us = 100.0 * ratios.get(problem.T, {}).get(int(one.parameters.get("bucket_rounding", 0)), 1.0)
             sweep.records.append(
                 Record(
                     run_id="r", commit="c", date="d", stage="screen", problem=msgspec.to_builtins(problem),
-                    pattern=family.pattern, path=one.path, parameters=one.parameters, baseline=one == base,
+                    pattern=family.pattern, path=one.path, parameters=one.parameters, baseline=one == wanted[0],
                     outcome="ok", samples=[Sample(0, 0, us)],
                 )
             )  # fmt: skip
+        return []
 
-    monkeypatch.setattr(Search, "screen", screened)
+    monkeypatch.setattr(sweep.session, "prove", prove)
     monkeypatch.setattr(Search, "shoot_out", lambda *_: None)
-    sweep.folder = RunFolder(tmp_path / "run")
+    sweep.folder, sweep.began = RunFolder(tmp_path / "run"), 0.0
     sweep.folder.path.mkdir()
     sweep.run_family(family)
     assert asked == {32: [64, 16], 64: [16, 64], 256: [64, 16]}

@@ -468,6 +468,9 @@ def test_a_proof_gives_its_memory_back_before_another_worker_builds_what_it_prov
     happened: list[str] = []
 
     class Bench:
+        def __init__(self, *_: Any) -> None:
+            happened.append("inputs")
+
         def assess(self, name: str) -> None:
             happened.append("assess")
             if name == "wrong":
@@ -493,11 +496,11 @@ def test_a_proof_gives_its_memory_back_before_another_worker_builds_what_it_prov
 
     monkeypatch.setattr(worker_process.signal, "signal", lambda *_: None)
     monkeypatch.setattr(worker_process.os, "dup2", lambda *_: None)
-    monkeypatch.setattr(worker_process, "open_bench", lambda *_: Bench())
+    monkeypatch.setattr(worker_process, "open_bench", Bench)
     monkeypatch.setattr(worker_process, "release_memory", lambda _: happened.append("release"))
     worker_process.serve(Pipe(), "cpu", 0, str(tmp_path / "log"))  # type: ignore[arg-type]
     proofs = ["assess", "release", "raised", "assess", "release", "answer"]
-    assert happened == ["release", "answer", *proofs, "build", "answer"]
+    assert happened == ["release", "inputs", "release", "answer", *proofs, "build", "answer"]
 
 
 def test_a_worker_is_deaf_to_ctrl_c_from_its_first_import_on_and_the_tool_is_not() -> None:
