@@ -33,13 +33,14 @@ class Bench:
         self.device = torch.device(trial.device)
         module, _, name = trial.registry.partition(":")
         self.paths: dict[str, SelectionPath] = getattr(importlib.import_module(module), name)
+        # first: what it flushes L2 with would settle in the memory that inputs were made in, and keep it from others
+        watch = Stopwatch(self.device, **watch_settings(trial.problem))
         self.inputs = make_inputs(trial.problem, trial.pattern, trial.seed, self.device)
         self.lengths = self.inputs.selection.lengths.flatten().tolist()
         self.checker: Checker | None = None
         self.turns: list[tuple[Inputs, Oracle]] = []
         self.per_replay = calls_per_replay(trial.problem)
         self.calls: dict[str, Callable[[], Any]] = {}
-        watch = Stopwatch(self.device, **watch_settings(trial.problem))
         self.timer = RoundTimer(watch, sm_clock_reader(self.device))
 
     def prepared(self) -> Any:

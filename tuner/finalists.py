@@ -39,10 +39,14 @@ def finalists(records: Sequence[Record], base: Candidate) -> list[Candidate]:
 
 
 def fastest_first(candidates: Sequence[Candidate], elsewhere: Sequence[Mapping[str, float]]) -> list[Candidate]:
-    """Candidates by what they took elsewhere, those that nobody knows behind; ``elsewhere``: of other problems what
-    ``screened`` says, the most alike last."""
-    ratios = {name: ratio for known in elsewhere for name, ratio in known.items()}
-    return sorted(candidates, key=lambda candidate: ratios.get(candidate.name, math.inf))
+    """Candidates by what they took at the nearest problem that knows them, those of a nearer one first, and those that
+    nobody knows last. ``elsewhere``: what ``screened`` says of other problems, the nearest first."""
+
+    def place(candidate: Candidate) -> tuple[int, float]:
+        known = ((far, ratios[candidate.name]) for far, ratios in enumerate(elsewhere) if candidate.name in ratios)
+        return next(known, (len(elsewhere), 0.0))
+
+    return sorted(candidates, key=place)
 
 
 def stood_in(records: Sequence[Record], default: Candidate) -> Candidate:

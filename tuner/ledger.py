@@ -135,8 +135,10 @@ class Progress:
         self.pruned: set[str] = set()
 
     def report(self, context: int, ratios: dict[str, float], records: list[Record]) -> None:
-        """Tell a context's values. Who failed is out; who is too slow is, unless it is the best of its path."""
+        """Tell a context's values. Who failed is out; who is too slow is, unless it is the best of its path. Who was
+        not tried for want of time stays."""
         best: dict[str, str] = {}
+        tried = {record.candidate for record in records}
         for record in sorted((r for r in records if r.candidate in ratios), key=lambda r: ratios[r.candidate]):
             best.setdefault(record.path, record.candidate)
             self.peaks[record.candidate] = max(self.peaks.get(record.candidate, 0), record.peak_bytes or 0)
@@ -149,6 +151,8 @@ class Progress:
                     staying.append(proposal)
                 else:
                     self.pruned.add(name)
+            elif name not in tried:
+                staying.append(proposal)
         self.alive = staying
 
     def close(self, memory_limit_bytes: int) -> None:

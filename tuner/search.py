@@ -160,8 +160,9 @@ class Search:
     def screen(self, family: Family, problem: SelectionProblem, candidates: list[Candidate], *, thorough: bool) -> None:
         """Assess and time what no record knows yet, in rounds shared with the baseline.
 
-        Out of time, only the first candidate of each path is still taken: every path is measured on every problem, by
-        what was fastest at the nearest context.
+        Out of time, only the first candidate of each path is still taken: every path is measured on every problem, the
+        baseline's by the baseline, others by what was fastest at the nearest context. The first path by the sweep's
+        order, not the fastest, stands in for a default that failed.
         """
         known = {record.candidate for record in self.of(family, problem, "screen")}
         fresh = [candidate for candidate in candidates if candidate.name not in known]
@@ -183,7 +184,10 @@ class Search:
             else:
                 self._fail(family, problem, "screen", candidate, assessment)
         self._working(family, problem, f"screening {len(ready)} candidates")
-        ready.sort(key=given.index)  # who stands in for a default that failed is no matter of speed
+        paths = list(dict.fromkeys(candidate.path for candidate in (*given[1:], base)))
+        ready.sort(
+            key=lambda one: (one != base, paths.index(one.path), given.index(one))
+        )  # who stands in for a default
         if ready:
             self._time(family, problem, "screen", ready, SCREEN_ROUNDS, base)
 
@@ -228,10 +232,10 @@ class Search:
         return stood_in(self.of(family, problem, "screen"), self.default(problem))
 
     def elsewhere(self, family: Family, problem: SelectionProblem) -> list[dict[str, float]]:
-        """What screening says of the family's other problems so far, the nearest context last."""
+        """What screening says of the family's other problems so far, the nearest context first."""
         others = (other for other in family.problems if other != problem)
-        far_first = sorted(others, key=lambda other: abs(math.log(other.T / problem.T)), reverse=True)
-        return [screened(self.of(family, other, "screen"), self.baseline(family, other)) for other in far_first]
+        near_first = sorted(others, key=lambda other: abs(math.log(other.T / problem.T)))
+        return [screened(self.of(family, other, "screen"), self.baseline(family, other)) for other in near_first]
 
     def default(self, problem: SelectionProblem) -> Candidate:
         """The literal default."""

@@ -195,13 +195,14 @@ def kept_entries(
 
     def outlived(entry: DispatchEntry) -> bool:
         """Written beside one for the same calls with the hint, which was measured again."""
-        return (hinted(entry.problem()), entry.run_id) in twins
+        return (declared(entry.problem()), entry.run_id) in twins
 
     kept = [entry for entry in old.entries if (entry.problem(), entry.level) not in measured and not outlived(entry)]
-    return kept, "; ".join(filter(None, (weaker(old.entries, fresh), untried(old.entries, fresh, records))))
+    dropped = [entry for entry in old.entries if entry not in kept]
+    return kept, "; ".join(filter(None, (weaker(old.entries, fresh), untried(dropped, records))))
 
 
-def hinted(problem: SelectionProblem) -> SelectionProblem:
+def declared(problem: SelectionProblem) -> SelectionProblem:
     """The same problem of selections that say that they are complete."""
     return msgspec.structs.replace(problem, complete=True)
 
@@ -213,19 +214,18 @@ def weaker(old: Iterable[DispatchEntry], fresh: Iterable[DispatchEntry]) -> str:
     return lost_picks("certified before and a tie by this run", lost)
 
 
-def untried(old: Iterable[DispatchEntry], fresh: Iterable[DispatchEntry], records: Iterable[Record]) -> str:
-    """A word on picks in whose place a newer run puts others without having tried them; '' without any."""
-    now = {entry.problem() for entry in fresh if entry.level == "branch"}
+def untried(dropped: Iterable[DispatchEntry], records: Iterable[Record]) -> str:
+    """A word on branches' picks in whose place a newer run puts others without having tried them; '' without any."""
     tried: dict[SelectionProblem, list[Record]] = {}
-    for group in by_problem(records).values():
-        tried.setdefault(hinted(msgspec.convert(group[0].problem, SelectionProblem)), []).extend(group)
+    for group in by_problem(record for record in records if record.stage in ("screen", "shootout")).values():
+        tried.setdefault(declared(msgspec.convert(group[0].problem, SelectionProblem)), []).extend(group)
 
     def met(entry: DispatchEntry) -> bool:
         """By its path and parameters, of which an older entry may know fewer."""
-        beside = tried.get(hinted(entry.problem()), [])
+        beside = tried.get(declared(entry.problem()), [])
         return any(one.path == entry.path and entry.parameters.items() <= one.parameters.items() for one in beside)
 
-    lost = [entry for entry in old if entry.level == "branch" and entry.problem() in now and not met(entry)]
+    lost = [entry for entry in dropped if entry.level == "branch" and not met(entry)]
     return lost_picks("replaced without having been tried by this run", lost)
 
 

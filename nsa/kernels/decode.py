@@ -4,8 +4,9 @@ The combination costs no second launch: a counter per row, which its last progra
 outlive the call; a capture gets counters of its own, so that graphs and eager calls never share one.
 
 By dependent launches the next kernel starts while this one still runs, and waits for its end. The combination may do so
-at once, being small. What follows the call's last kernel may not before that has loaded all it needs: programs of the
-next call that wait in a multiprocessor keep its shared memory, and those that find none elsewhere wait two to one.
+at once, being small. What follows the call's last kernel may not before that has loaded its keys, or the partial rows:
+programs of the next call that wait in a multiprocessor keep its shared memory, and those that find none elsewhere wait
+two to one.
 """
 
 from __future__ import annotations

@@ -37,14 +37,15 @@ print(ptx(getattr(decode, kernel), SPLITS=int(splits), INSIDE=inside == "inside"
 WORDS = {
     "griddepcontrol.wait": "wait",
     "griddepcontrol.launch_dependents": "let go",
-    "cp.async.cg": "load",
+    "cp.async.c": "load",
+    "cp.async.bulk": "load",
     "ld.global": "load",
     "st.global": "store",
 }
 
 
 def order(*arguments: str) -> list[str]:
-    """What a compiled kernel does, in order of its instructions, repeats left out."""
+    """What a compiled kernel does, in order of its instructions, repeats left out; ``loop``: back to earlier ones."""
     root = Path(__file__).parents[2]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
@@ -53,19 +54,23 @@ def order(*arguments: str) -> list[str]:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     found: list[str] = []
-    for word in re.findall("|".join(map(re.escape, WORDS)), done.stdout):
-        if not found or found[-1] != WORDS[word]:
-            found.append(WORDS[word])
+    labels: set[str] = set()
+    for line in done.stdout.splitlines():
+        if label := re.match(r"(\$\w+):", line):
+            labels.add(label[1])
+        back = re.search(r"\bbra(?:\.uni)?\s+(\$\w+)", line)
+        named = ["loop"] if back and back[1] in labels else [WORDS[word] for word in WORDS if word in line]
+        found += [word for word in named if found[-1:] != [word]]
     return found
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("nsa_decode_forward", "4", "launch", "dependent"), ["let go", "wait", "load", "store"]),
+        (("nsa_decode_forward", "4", "launch", "dependent"), ["let go", "wait", "load", "loop", "store"]),
         (("nsa_decode_combine", "4", "launch", "dependent"), ["wait", "load", "let go", "store"]),
-        (("nsa_decode_forward", "1", "launch", "dependent"), ["wait", "load", "let go", "store"]),
-        (("nsa_decode_forward", "1", "launch", "plain"), ["load", "store"]),
+        (("nsa_decode_forward", "1", "launch", "dependent"), ["wait", "load", "loop", "let go", "store"]),
+        (("nsa_decode_forward", "1", "launch", "plain"), ["load", "loop", "store"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -77,4 +82,4 @@ def test_what_may_follow_starts_where_it_takes_no_room_that_is_wanted(
 
 def test_a_row_that_its_last_program_combines_lets_go_before_the_combination() -> None:
     found = order("nsa_decode_forward", "4", "inside", "dependent")
-    assert found[:4] == ["wait", "load", "let go", "store"]
+    assert found[:5] == ["wait", "load", "loop", "let go", "store"]
