@@ -184,10 +184,8 @@ class Search:
             else:
                 self._fail(family, problem, "screen", candidate, assessment)
         self._working(family, problem, f"screening {len(ready)} candidates")
-        paths = list(dict.fromkeys(candidate.path for candidate in (*given[1:], base)))
-        ready.sort(
-            key=lambda one: (one != base, paths.index(one.path), given.index(one))
-        )  # who stands in for a default
+        paths = list(dict.fromkeys(one.path for one in (*given[1:], base)))  # in which one may stand in for the base
+        ready.sort(key=lambda one: (one != base, paths.index(one.path), given.index(one)))
         if ready:
             self._time(family, problem, "screen", ready, SCREEN_ROUNDS, base)
 

@@ -193,13 +193,14 @@ def kept_entries(
     measured = {(entry.problem(), entry.level) for entry in fresh}
     twins = {(entry.problem(), entry.run_id) for entry in old.entries if (entry.problem(), entry.level) in measured}
 
-    def outlived(entry: DispatchEntry) -> bool:
-        """Written beside one for the same calls with the hint, which was measured again."""
-        return (declared(entry.problem()), entry.run_id) in twins
+    def replaced(entry: DispatchEntry) -> bool:
+        """Measured again, or written beside one for the same calls with the hint, which was."""
+        again = (entry.problem(), entry.level) in measured
+        return again or (declared(entry.problem()), entry.run_id) in twins
 
-    kept = [entry for entry in old.entries if (entry.problem(), entry.level) not in measured and not outlived(entry)]
-    dropped = [entry for entry in old.entries if entry not in kept]
-    return kept, "; ".join(filter(None, (weaker(old.entries, fresh), untried(dropped, records))))
+    kept = [entry for entry in old.entries if not replaced(entry)]
+    words = weaker(old.entries, fresh), untried(filter(replaced, old.entries), records)
+    return kept, "; ".join(filter(None, words))
 
 
 def declared(problem: SelectionProblem) -> SelectionProblem:
